@@ -1,0 +1,1 @@
+"""Physics-informed networks that solve the models of `biomodel`; empty until that part is built."""
