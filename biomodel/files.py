@@ -84,8 +84,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
     Raises
     ------
     OutputError
-        If the file cannot be written (full disk, no permission, read-only, a folder of that name, or the file exists and
-        `overwrite` is false). What was at `path` is unchanged then.
+        If the file cannot be written (full disk, no permission, read-only, a folder of that name), or the file exists
+        and `overwrite` is false. What was at `path` is unchanged then.
     """
     target = Path(path)
     if target.is_dir():
@@ -165,6 +165,9 @@ def atomic_folder(
             if occupied:
                 os.rename(retired, target)
             raise
+    except OutputError as error:
+        # A file inside the folder could not be written: name its place in the target, not in the temporary folder.
+        raise OutputError(str(error).replace(str(temporary), str(target))) from error
     except OSError as error:
         if _is_about(error, temporary):
             raise _output_error(target, error) from error

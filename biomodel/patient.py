@@ -7,236 +7,17 @@ import html
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
-from types import MappingProxyType
 
 import numpy as np
 
-from biomodel.domain import Domain, frozen_array
-from biomodel.errors import GeometryError, InputError
-from biomodel.schedule import LARGEST_DAY, Schedule
+from biomodel.domain import Domain
+from biomodel.errors import InputError
+from biomodel.schedule import Schedule
+from biomodel.visit import CellularitySettings, Visit, VolumeSettings, check_order, check_visit, plain_fields, require
 
 __all__ = ["CellularitySettings", "Patient", "Visit", "VolumeSettings"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-@dataclass(frozen=True)
-class CellularitySettings:
-    """How an ADC map is turned into cell fractions, and how noisy it is.
-
-    Parameters
-    ----------
-    adc_w
-        ADC of free water at body temperature, mm²/s. No default: 3.0e-3 is used for breast tumours in Jarrett et al.
-        2021 (10.1038/s41596-021-00617-y) and its predecessors; a phantom or the scanner's protocol may say otherwise.
-    adc_min
-        ADC at which a voxel is full of cells, mm²/s. No default: often the smallest ADC inside the tumour, over all
-        patients of a study, so that it does not depend on one patient's noise.
-    packing
-        Largest fraction of a voxel's volume that spherical cells can fill: 0.7405, the densest packing of spheres.
-    cell_radius_mm
-        Radius of a tumour cell, mm: 0.010 as in Jarrett et al. 2021 (10.1038/s41596-021-00617-y).
-    repeatability_cv
-        Within-subject coefficient of variation of the mean ADC of a tumour between repeated scans: 0.05, between the 4.8 %
-        of the ACRIN 6698 trial (Newitt et al. 2019, 10.1002/jmri.26539) and the 5.4 % of Sorace et al. 2018
-        (10.1002/jmri.26011) in the breast.
-    voxel_cv
-        Further coefficient of variation of a single voxel's ADC, independent between voxels.
-    visible_fraction
-        Cell fraction from which a voxel counts as tumour in volumes and diameters.
-    """
-
-    adc_w: float
-    adc_min: float
-    packing: float = 0.7405
-    cell_radius_mm: float = 0.010
-    repeatability_cv: float = 0.05
-    voxel_cv: float = 0.05
-    visible_fraction: float = 0.15
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _require(good, f"cellularity: {item.name} is {value!r}; expected a number.")
-            object.__setattr__(self, item.name, float(value))
-        _require(
-            0 <= self.adc_min < self.adc_w,
-            f"cellularity: adc_min {self.adc_min:g} and adc_w {self.adc_w:g} mm²/s; expected 0 ≤ adc_min < adc_w. "
-            "Check both values and their units.",
-        )
-        _require(
-            1e-3 <= self.adc_w <= 5e-3,
-            f"cellularity: adc_w {self.adc_w:g} mm²/s; expected about 3e-3 (free water), at least 1e-3 and at most 5e-3. "
-            "Check the value and its units.",
-        )
-        _require(0 < self.packing <= 1, f"cellularity: packing {self.packing:g}; expected above 0 and at most 1.")
-        _require(
-            1e-3 <= self.cell_radius_mm <= 0.1,
-            f"cellularity: cell_radius {self.cell_radius_mm:g} mm; expected 0.001 to 0.1 mm. Check its units.",
-        )
-        for name in ("repeatability_cv", "voxel_cv"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"cellularity: {name} {value:g}; expected a fraction from 0 to below 1.")
-        _require(
-            0 < self.visible_fraction < 1,
-            f"cellularity: visible_fraction {self.visible_fraction:g}; expected above 0 and below 1.",
-        )
-
-    def carrying_capacity(self, voxel_volume: float) -> float:
-        """Return θ, the number of cells in a full voxel of `voxel_volume` mm³: packing · V / (4/3 π r³)."""
-        return self.packing * voxel_volume / (4.0 / 3.0 * math.pi * self.cell_radius_mm**3)
-
-
-@dataclass(frozen=True)
-class VolumeSettings:
-    """How noisy a measured tumour volume is.
-
-    Parameters
-    ----------
-    cv
-        Coefficient of variation of a repeated measurement. 0.2 is a working default, not a published repeatability.
-    floor
-        Volume under which nothing is seen, cm³. 0.05 is a working default (about a sphere of 4.6 mm).
-    """
-
-    cv: float = 0.2
-    floor: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("cv", "floor"):
-            value = getattr(self, name)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _require(good, f"volumes: {name} is {value!r}; expected a number.")
-            object.__setattr__(self, name, float(value))
-        _require(0 < self.cv < 2, f"volumes: cv {self.cv:g}; expected a fraction above 0 and below 2.")
-        _require(0 <= self.floor <= 100, f"volumes: floor {self.floor:g} cm³; expected 0 to 100 cm³. Check its units.")
-
-
-@dataclass(frozen=True, eq=False)
-class Visit:
-    """What was measured on one day.
-
-    Parameters
-    ----------
-    number
-        From 1, in the order of days.
-    day
-        Days from the patient's day 0.
-    adc
-        Apparent diffusion coefficient, mm²/s (z, y, x).
-    region
-        bool (z, y, x), true inside the tumour.
-    volume
-        Tumour volume, cm³. 0 says that no tumour was seen.
-    longest_diameter
-        mm.
-    drug_map
-        Relative supply of drug, from 0 up (z, y, x).
-    acquisition
-        How the scan was made: ``vendor``, ``field_strength`` (T), ``institution``, ``sequence``.
-    """
-
-    number: int
-    day: float
-    adc: np.ndarray | None = None
-    region: np.ndarray | None = None
-    volume: float | None = None
-    longest_diameter: float | None = None
-    drug_map: np.ndarray | None = None
-    acquisition: Mapping[str, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require(
-            isinstance(self.number, int) and self.number >= 1,
-            f"visit: number {self.number!r}; expected a whole number from 1.",
-        )
-        where = f"visit {self.number}"
-        day = float(self.day)
-        _require(
-            math.isfinite(day) and abs(day) <= LARGEST_DAY,
-            f"{where}: day {day:g}; expected a number of days from day 0. Check the day or the date.",
-        )
-        object.__setattr__(self, "day", day)
-        for name, largest, units in (("volume", 2e4, "cm³"), ("longest_diameter", 1e3, "mm")):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            value = float(value)
-            _require(
-                math.isfinite(value) and 0 <= value <= largest,
-                f"{where}, {name}: {value:g} {units}; expected 0 to {largest:g} {units}. Check the value and its units.",
-            )
-            object.__setattr__(self, name, value)
-        for name in ("adc", "drug_map"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, frozen_array(getattr(self, name), float))
-        if self.region is not None:
-            region = np.asarray(self.region)
-            _require(
-                region.dtype == bool or bool(np.isin(region, (0, 1)).all()),
-                f"{where}, region: values other than 0 and 1; expected a mask. Save the tumour's label alone as 0 and 1.",
-            )
-            object.__setattr__(self, "region", frozen_array(region, bool))
-        object.__setattr__(self, "acquisition", MappingProxyType(dict(self.acquisition)))
-
-
-def check_visit(visit: Visit, domain: Domain, where: Mapping[str, str]) -> None:
-    """Check the maps of `visit` against the `domain`.
-
-    Parameters
-    ----------
-    where
-        Place to be named in a message, for ``adc``, ``region`` and ``drug_map``.
-
-    Raises
-    ------
-    GeometryError
-        If a map has another shape than the domain.
-    InputError
-        If voxels are NaN or infinite inside the mask, or the region is empty or leaves the mask.
-    """
-    for name in ("adc", "region", "drug_map"):
-        values = getattr(visit, name)
-        if values is not None and values.shape != domain.shape:
-            raise GeometryError(
-                f"{where[name]}: {' × '.join(map(str, values.shape))} voxels (z, y, x); expected "
-                f"{' × '.join(map(str, domain.shape))} like the mask. Bring it to the mask's grid with "
-                "'tumorcast resample IMAGE --like MASK --out FILE'."
-            )
-    for name in ("adc", "drug_map"):
-        values = getattr(visit, name)
-        if values is None:
-            continue
-        bad = ~np.isfinite(values) & domain.mask
-        if bad.any():
-            inside = f", {int((bad & visit.region).sum())} of them in the region" if visit.region is not None else ""
-            raise InputError(
-                f"{where[name]}: {int(bad.sum())} voxels are NaN or infinite inside the mask{inside}; expected numbers "
-                "there. Repair the map, or leave these voxels out of the mask."
-            )
-        if values[domain.mask].min() < 0 and name == "drug_map":
-            raise InputError(
-                f"{where[name]}: smallest value {values[domain.mask].min():.4g}; expected a supply from 0 up. "
-                "Repair the map."
-            )
-    if visit.region is not None:
-        if not visit.region.any():
-            raise InputError(
-                f"{where['region']}: the region is empty; expected at least one voxel. If no tumour was seen at this "
-                "visit, leave 'region' out and give 'volume': {'value': 0, 'units': 'cm^3'}."
-            )
-        outside = int((visit.region & ~domain.mask).sum())
-        if outside:
-            raise InputError(
-                f"{where['region']}: {outside} of {int(visit.region.sum())} voxels lie outside the mask; expected none. "
-                "Enlarge the mask or cut the region."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,11 +71,11 @@ class Patient:
 
     def __post_init__(self) -> None:
         where = f"patient {self.id}"
-        _require(isinstance(self.id, str) and bool(self.id.strip()), "patient: the id is empty; expected a pseudonym.")
+        require(isinstance(self.id, str) and bool(self.id.strip()), "patient: the id is empty; expected a pseudonym.")
         visits = tuple(self.visits)
-        _require(bool(visits), f"{where}: no visits; expected at least one.")
+        require(bool(visits), f"{where}: no visits; expected at least one.")
         for expected, visit in enumerate(visits, start=1):
-            _require(
+            require(
                 visit.number == expected,
                 f"{where}: visit {expected} in order carries number {visit.number}; expected {expected}. Number visits "
                 "from 1.",
@@ -303,15 +84,15 @@ class Patient:
                 check_order(visits[expected - 2].day, visit.day, expected, where)
             place = f"{where}: visit {expected}"
             check_visit(visit, self.domain, {name: f"{place}, {name}" for name in ("adc", "region", "drug_map")})
-            _require(
+            require(
                 visit.adc is None or self.cellularity is not None,
                 f"{place}, adc: no 'cellularity' settings; expected adc_w and adc_min, which have no default. Add "
                 "'cellularity' to the manifest.",
             )
         object.__setattr__(self, "visits", visits)
-        object.__setattr__(self, "clinical", MappingProxyType(dict(self.clinical)))
+        object.__setattr__(self, "clinical", plain_fields(self.clinical))
         if self.outcome is not None:
-            object.__setattr__(self, "outcome", MappingProxyType(dict(self.outcome)))
+            object.__setattr__(self, "outcome", plain_fields(self.outcome))
         object.__setattr__(self, "notes", tuple(self.notes))
 
     @classmethod
@@ -366,9 +147,10 @@ class Patient:
         days = [float(day) for day in days]
         sizes = [float(volume) for volume in volumes_cm3]
         spans = [math.nan] * len(days) if longest_diameters is None else [float(span) for span in longest_diameters]
-        _require(
+        require(
             len(days) == len(sizes) == len(spans),
-            f"patient {id}: {len(days)} days, {len(sizes)} volumes and {len(spans)} diameters; expected as many of each.",
+            f"patient {id}: {len(days)} days, {len(sizes)} volumes and {len(spans)} diameters; expected one of "
+            "each per visit.",
         )
         visits = tuple(
             Visit(
@@ -441,9 +223,10 @@ class Patient:
     def until(self, visit: int) -> Patient:
         """Return what was known right after visit number `visit`.
 
-        Later visits, everything derived from them, the outcome, all notes and every dose marked ``given`` after that day
-        are dropped; ``planned`` doses stay. A record in which nothing is marked planned keeps its later doses, as there
-        is no other knowledge of the plan, and carries a note that says so. A dose on the day of the visit is kept.
+        Later visits, everything derived from them, the outcome, all notes and every dose marked ``given`` after that
+        day are dropped; ``planned`` doses stay. A record in which nothing is marked planned keeps its later doses, as
+        there is no other knowledge of the plan, and carries a note that says so. A dose on the day of the visit is
+        kept.
 
         Raises
         ------
@@ -493,7 +276,7 @@ class Patient:
         return replace(self, domain=Domain.point(), visits=visits, cellularity=None, volumes=settings)
 
     def volume_of(self, visit: Visit) -> float | None:
-        """Return the tumour volume of `visit` in cm³: the measured one, or else that of its region; None without both."""
+        """Return the tumour volume of `visit`, cm³: the measured one, or else that of its region; None without both."""
         if visit.volume is not None or visit.region is None:
             return visit.volume
         return int(visit.region.sum()) * self.domain.voxel_volume / 1e3
@@ -537,7 +320,8 @@ class Patient:
 
     def __repr__(self) -> str:
         days = ", ".join(f"{visit.day:g}" for visit in self.visits)
-        return f"Patient({self.id!r}, {self.organ}, visits on days {days}, {len(self.schedule)} treatments, {self.domain!r})"
+        treatments = f"{len(self.schedule)} treatments"
+        return f"Patient({self.id!r}, {self.organ}, visits on days {days}, {treatments}, {self.domain!r})"
 
     def _repr_html_(self) -> str:
         rows = []
@@ -560,14 +344,4 @@ class Patient:
             f"<p><b>{html.escape(self.id)}</b>, {html.escape(self.organ)}; {html.escape(repr(self.domain))}; "
             f"{html.escape(agents)}{fractions}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
             f"</table>{notes}"
-        )
-
-
-def check_order(before: float, day: float, number: int, where: str) -> None:
-    """Refuse a visit that is not later than the one before it."""
-    if day <= before:
-        what = "the same day as" if day == before else "before"
-        raise InputError(
-            f"{where}: visit {number} is on day {day:g}, {what} visit {number - 1} (day {before:g}); expected growing "
-            "days. Correct the days or dates, or list the visits in order."
         )

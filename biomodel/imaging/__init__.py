@@ -1,0 +1,1 @@
+"""Images: reading, writing and preparing them."""
