@@ -1,0 +1,10 @@
+"""biomodel: the tumour model, its data, solvers, calibration and forecasts."""
+
+from biomodel.domain import Domain
+from biomodel.models import ReactionDiffusion
+from biomodel.parameters import Fixed, LogitNormal, LogNormal, Normal
+from biomodel.patient import Patient, Visit
+from biomodel.schedule import Schedule
+from biomodel.solvers.torch import TorchSolver
+from biomodel.terms import Exponential, Gompertz, Isotropic, Logistic, NoDiffusion, TissueDiffusion
+from biomodel.treatments import Chemotherapy, Radiotherapy

@@ -1,0 +1,395 @@
+"""Strang splitting on arrays: the forward run, its discrete adjoint and its tangents.
+
+One run is a list of operations, each a stabilised diffusion step followed by the reaction of one step. The diffusion
+operator is symmetric, so the adjoint of a diffusion step is the same step; only the derivatives by the diffusivity
+need the stages' values, which are computed again from the stored state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from biomodel.solvers.kernels import rkc_coefficients, rkc_stages
+from biomodel.solvers.plan import TimePlan
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """Diffuse for `h` (per batch member) in the stages of `rkc`, then react (step `reaction`, -1 for none)."""
+
+    rkc: list[tuple[float, ...]]
+    h: object
+    reaction: int
+    output: int
+
+
+class ClosedReaction:
+    """Bernoulli flow with scalar coefficients (batch, n): growth, kill and jumps of a step in one pass."""
+
+    def __init__(self, kernels, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype):
+        self.kernels = kernels
+        columns = [[kernels.array(c[:, i].to(dtype).contiguous()) for i in range(a.shape[1])] for c in (a, b)]
+        self.a, self.b = columns
+        self.gradients = [torch.zeros(a.shape, dtype=torch.float64) for _ in range(2)]
+
+    def apply(self, i, u, out):
+        self.kernels.bernoulli(out, u, self.a[i], self.b[i])
+
+    def adjoint(self, i, lam, u):
+        """Pull `lam` back through step i at the state u before it; the coefficients' gradients accumulate."""
+        sums = torch.as_tensor(self.kernels.bernoulli_adjoint(lam, u, self.a[i], self.b[i])).cpu()
+        for k in range(2):
+            self.gradients[k][:, i] += sums[:, k]
+
+    def tangent(self, i, tan, u, leaves):
+        """Push tangents (directions, batch, ...) through step i; `leaves` are tangents of a and b, or None."""
+        zero = np.zeros((tan.shape[0], tan.shape[1]))
+        da, db = (zero, zero) if leaves is None else (leaf[:, :, i].numpy() for leaf in leaves)
+        like = torch.as_tensor(tan)
+        da, db = (self.kernels.array(torch.tensor(v, dtype=like.dtype, device=like.device)) for v in (da, db))
+        self.kernels.bernoulli_tangent(tan, u, self.a[i], self.b[i], da, db)
+
+
+class PointwiseReaction:
+    """Any pointwise flow, `function(i, u, leaves)` of torch tensors; derivatives by torch."""
+
+    def __init__(self, kernels, function, leaves: Sequence[torch.Tensor]):
+        self.kernels, self.function = kernels, function
+        self.leaves = [leaf.detach() for leaf in leaves]
+        self.gradients = [torch.zeros_like(leaf) for leaf in self.leaves]
+
+    def apply(self, i, u, out):
+        with torch.no_grad():
+            self.kernels.tensor(out).copy_(self.function(i, self.kernels.tensor(u), self.leaves))
+
+    def adjoint(self, i, lam, u):
+        lam = self.kernels.tensor(lam)
+        with torch.enable_grad():
+            inputs = [self.kernels.tensor(u).clone().requires_grad_()]
+            inputs += [leaf.clone().requires_grad_() for leaf in self.leaves]
+            out = self.function(i, inputs[0], inputs[1:])
+            found = torch.autograd.grad(out, inputs, lam.to(out.dtype), allow_unused=True)
+        lam.copy_(found[0])
+        for total, part in zip(self.gradients, found[1:], strict=True):
+            if part is not None:
+                total += part
+
+    def tangent(self, i, tan, u, leaves):
+        tan, u = self.kernels.tensor(tan), self.kernels.tensor(u)
+        for d in range(tan.shape[0]):
+            inputs = (u, *self.leaves)
+            moves = [torch.zeros_like(x) for x in self.leaves] if leaves is None else [leaf[d] for leaf in leaves]
+            _, moved = torch.func.jvp(
+                lambda v, *rest: self.function(i, v, rest), inputs, (tan[d].clone(), *moves), strict=False
+            )
+            tan[d].copy_(moved)
+
+
+class Evolution:
+    """One simulation laid out: faces, diffusion scale, operations and reaction.
+
+    Parameters
+    ----------
+    kernels : NumbaKernels or TorchKernels
+    plan : TimePlan
+    reaction : ClosedReaction or PointwiseReaction
+    faces : tuple of three padded arrays, or None without diffusion
+    scale : Tensor, shape (batch,)
+        Factor on the faces, by batch member.
+    radius : float
+        Bound of the spectral radius of the scaled operator, largest over the batch (1/day).
+    """
+
+    def __init__(self, kernels, plan: TimePlan, reaction, faces, scale: torch.Tensor, radius: float):
+        self.kernels, self.plan, self.reaction, self.faces = kernels, plan, reaction, faces
+        self.batch = scale.shape[0]
+        self.scale = scale
+        self.operations = []
+        steps = plan.diffusion
+        done = {count: k for k, count in enumerate(plan.outputs)}
+        h_rows = np.diff(plan.edges, axis=1)
+        count = 0
+        for h, reaction_step in steps:
+            count += reaction_step >= 0
+            stages = rkc_stages(float(h.max()) * radius) if faces is not None else 0
+            output = done[count] if reaction_step < 0 else -1
+            h = torch.tensor(np.broadcast_to(h, (self.batch,)).copy())
+            self.operations.append(Operation(rkc_coefficients(stages) if stages else [], h, reaction_step, output))
+        self.initial_outputs = [k for k, n in enumerate(plan.outputs) if n == 0]
+        self.repeated = {k: done[n] for k, n in enumerate(plan.outputs)}
+        self.evaluations = sum(len(op.rkc) for op in self.operations) + h_rows.shape[1]
+        self._pool: dict[tuple, list] = {}
+
+    # Arrays ----------------------------------------------------------------------------------------------------------
+
+    def _buffers(self, like, count: int, name: str) -> list:
+        """Padded work arrays, zero on the padding, kept between calls."""
+        key = (name, tuple(like.shape))
+        have = self._pool.setdefault(key, [])
+        while len(have) < count:
+            have.append(self.kernels.array(torch.zeros_like(torch.as_tensor(like))))
+        return have[:count]
+
+    def _c(self, op: Operation, j: int, like, scaled: bool = True, repeat: int = 1):
+        c = op.rkc[j][4] * op.h * (self.scale.to(op.h.device, op.h.dtype) if scaled else 1.0)
+        like = torch.as_tensor(like)
+        return self.kernels.array(c.repeat(repeat).to(like.dtype).to(like.device))
+
+    def _stages(self, op: Operation, u, buffers: list, repeat: int = 1) -> list:
+        """All stage values Y_1 .. Y_s of one diffusion step from Y_0 = u. With four buffers they are used in turn."""
+        found = [u]
+        for j, (p, q, r, s, _) in enumerate(op.rkc):
+            y = found[-1]
+            c = self._c(op, j, u, repeat=repeat)
+            if j == 0:
+                out, args = buffers[0], (None, None, None, (0, 0, r, 0))
+            elif j == 1:
+                out, args = buffers[1], (u, None, None, (p + s, 0, r + q, 0))
+            else:
+                out = buffers[j] if len(buffers) >= len(op.rkc) else buffers[1 + (j - 1) % 3]
+                args = (u, found[1], found[-2], (p, q, r, s))
+            self.kernels.stage(out, y, *args[:3], args[3], c, self.faces)
+            found.append(out)
+        return found[1:]
+
+    # Runs ------------------------------------------------------------------------------------------------------------
+
+    def forward(self, u0, keep: list | None = None, stride: int = 1) -> list:
+        """States at the outputs, as arrays. With `keep`, every `stride`-th operation's initial state is appended."""
+        u = self._copy(u0)
+        outputs: list = [None] * len(self.plan.outputs)
+        for k in self.initial_outputs:
+            outputs[k] = self._copy(u)
+        for n, op in enumerate(self.operations):
+            if keep is not None and n % stride == 0:
+                keep.append(self._copy(u))
+            self._advance(op, u, outputs)
+        return self._fill(outputs)
+
+    def _fill(self, outputs: list) -> list:
+        return [outputs[self.repeated[k]] if o is None else o for k, o in enumerate(outputs)]
+
+    def _copy(self, u):
+        return self.kernels.array(torch.as_tensor(u).clone())
+
+    def _before_reaction(self, op: Operation, u):
+        return self._stages(op, u, self._buffers(u, 4, "ring"))[-1] if op.rkc else u
+
+    def _advance(self, op: Operation, u, outputs: list | None) -> None:
+        """Do one operation in place of u."""
+        v = self._before_reaction(op, u)
+        if op.reaction >= 0:
+            self.reaction.apply(op.reaction, v, u)
+        elif v is not u:
+            u[...] = v
+        if op.output >= 0 and outputs is not None:
+            outputs[op.output] = self._copy(u)
+
+    def adjoint(self, kept: list, stride: int, cotangents: list, want_scale: bool, face_gradient):
+        """Gradient by the initial state; by the scale (returned) and the faces (into `face_gradient`) where asked.
+
+        Parameters
+        ----------
+        kept : list
+            States before operations 0, stride, 2 stride, ... from `forward`.
+        cotangents : list
+            One padded array or None for each output.
+        """
+        lam = self.kernels.array(torch.zeros_like(torch.as_tensor(kept[0] if kept else cotangents[0])))
+        d_scale = torch.zeros(self.batch, dtype=torch.float64)
+        by_output: dict[int, list] = {}
+        for k, cotangent in enumerate(cotangents):
+            if cotangent is not None:
+                by_output.setdefault(self.repeated[k], []).append(cotangent)
+        for start in range((len(kept) - 1) * stride, -1, -stride):
+            segment = self.operations[start : start + stride]
+            states = [kept[start // stride]]
+            for op in segment[:-1]:
+                nxt = self._copy(states[-1])
+                self._advance(op, nxt, None)
+                states.append(nxt)
+            for op, u in zip(reversed(segment), reversed(states), strict=True):
+                if op.output >= 0:
+                    for cotangent in by_output.get(op.output, ()):
+                        lam += cotangent
+                stages = self._stages(op, u, self._buffers(u, max(len(op.rkc), 4), "stages")) if op.rkc else [u]
+                if op.reaction >= 0:
+                    self.reaction.adjoint(op.reaction, lam, stages[-1])
+                if op.rkc:
+                    lam = self._diffuse_back(op, lam, [u, *stages], want_scale, d_scale, face_gradient)
+        for k in self.initial_outputs:
+            for cotangent in by_output.get(k, ()):
+                lam += cotangent
+        return lam, d_scale
+
+    def _diffuse_back(self, op: Operation, lam, values, want_scale, d_scale, face_gradient):
+        """Adjoint of one diffusion step; `values` are Y_0 .. Y_s, where derivatives by D are wanted."""
+        rkc, s_count = op.rkc, len(op.rkc)
+        pool = [b for b in self._buffers(lam, 6, "adjoint") if b is not lam]
+        acc_p, acc_q = (None, None) if s_count == 2 else (pool[3], pool[4])
+        if acc_p is not None:
+            acc_p[...] = 0
+            acc_q[...] = 0
+        newer, current = None, lam
+        for j in range(s_count, 0, -1):
+            p, q, r, s, _ = rkc[j - 1]
+            if want_scale:
+                c = torch.as_tensor(self._c(op, j - 1, lam, scaled=False)).to("cpu", torch.float64)
+                d_scale += c * torch.as_tensor(self.kernels.energy(current, values[j - 1], self.faces)).cpu()
+            if face_gradient is not None:
+                self.kernels.face_products(face_gradient, current, values[j - 1], self._c(op, j - 1, lam))
+            out = next(b for b in pool[:3] if b is not current and b is not newer)
+            c = self._c(op, j - 1, lam)
+            if j >= 2 and acc_p is not None:
+                self.kernels.tensor(acc_p).add_(self.kernels.tensor(current), alpha=p)
+                self.kernels.tensor(acc_q).add_(self.kernels.tensor(current), alpha=q)
+            s_next = rkc[j][3] if j < s_count else 0.0  # weight of Y_(j-1) as the older value in stage j + 1
+            if s_count == 2:
+                args = (None, None, None, (0, 0, r + q, 0)) if j == 2 else (lam, None, None, (rkc[1][0] + s_next, 0, r, 0))
+            elif j == 1:
+                args = (acc_p, acc_p, newer, (1.0, 0.0, r, s_next))
+            elif j == 2:
+                args = (acc_q, acc_q, newer, (1.0, 0.0, r, s_next))
+            elif newer is None:
+                args = (None, None, None, (0, 0, r, 0))
+            else:
+                args = (newer, None, None, (s_next, 0, r, 0))
+            self.kernels.stage(out, current, *args[:3], args[3], c, self.faces)
+            newer, current = current, out
+        return self._copy(current) if current is not lam else current
+
+    def tangents(self, u0, tan, d_scale, d_faces, leaves):
+        """States and tangents at the outputs.
+
+        Parameters
+        ----------
+        u0 : padded array (batch, ...)
+        tan : padded array (directions, batch, ...)
+            Tangents of the initial state; overwritten.
+        d_scale : Tensor, shape (directions, batch)
+        d_faces : list of (faces or None), by direction, or None
+        leaves : list of Tensor or None
+            Tangents (directions, ...) of the reaction's leaves.
+        """
+        u = self._copy(u0)
+        directions = tan.shape[0]
+        flat_shape = (directions * self.batch, *tan.shape[2:])
+        outputs: list = [None] * len(self.plan.outputs)
+        moved: list = [None] * len(self.plan.outputs)
+        for k in self.initial_outputs:
+            outputs[k], moved[k] = self._copy(u), self._copy(tan)
+        scale_moves = bool((d_scale != 0).any())
+        for op in self.operations:
+            if op.rkc:
+                stages = self._stages(op, u, self._buffers(u, max(len(op.rkc), 4), "stages"))
+                flat = tan.reshape(flat_shape)
+                ring = self._buffers(flat, 4, "tangent ring")
+                result = self._stages(op, flat, ring, repeat=directions)[-1]
+                tan[...] = result.reshape(tan.shape)
+                sources = [(None, d_scale)] if scale_moves else []
+                for d, faces in enumerate(d_faces or ()):
+                    if faces is not None:
+                        weight = torch.zeros_like(d_scale)
+                        weight[d] = 1.0
+                        sources.append((faces, weight))
+                for faces, weight in sources:
+                    source = self.kernels.tensor(self._source(op, [u, *stages], faces))
+                    weight = weight.to(source.dtype).to(source.device)
+                    for d in range(directions):
+                        if bool((weight[d] != 0).any()):
+                            self.kernels.tensor(tan)[d] += weight[d][:, None, None, None] * source
+                v = stages[-1]
+            else:
+                v = u
+            if op.reaction >= 0:
+                self.reaction.tangent(op.reaction, tan, v, leaves)
+                self.reaction.apply(op.reaction, v, u)
+            elif v is not u:
+                u[...] = v
+            if op.output >= 0:
+                outputs[op.output], moved[op.output] = self._copy(u), self._copy(tan)
+        return self._fill(outputs), [moved[self.repeated[k]] if m is None else m for k, m in enumerate(moved)]
+
+    def _source(self, op: Operation, values, faces):
+        """Derivative of one diffusion step by the scale, or along a direction of the faces."""
+        scaled = faces is not None
+        faces = self.faces if faces is None else faces
+        ring = self._buffers(values[0], 5, "source")
+        zero = ring[4]
+        found = [zero]
+        for j, (p, q, r, s, _) in enumerate(op.rkc):
+            c = self._c(op, j, values[0])
+            if j == 0:
+                out = ring[0]
+                out[...] = 0
+            else:
+                out = ring[j] if j < 2 else ring[1 + (j - 1) % 3]
+                if j == 1:
+                    self.kernels.stage(out, found[-1], None, None, None, (0, 0, r + q, 0), c, self.faces)
+                else:
+                    self.kernels.stage(out, found[-1], zero, found[1], found[-2], (p, q, r, s), c, self.faces)
+            self.kernels.add_operator(out, values[j], self._c(op, j, values[0], scaled=scaled), faces)
+            found.append(out)
+        return found[-1]
+
+    # The run linearised in its state, about a stored trajectory ----------------------------------------------------
+
+    def trajectory(self, u0) -> tuple[list, list]:
+        """Outputs, and the state before every reaction: what `push` and `pull` need."""
+        u = self._copy(u0)
+        outputs: list = [None] * len(self.plan.outputs)
+        for k in self.initial_outputs:
+            outputs[k] = self._copy(u)
+        states = []
+        for op in self.operations:
+            v = self._before_reaction(op, u)
+            if op.reaction >= 0:
+                states.append(self._copy(v))
+                self.reaction.apply(op.reaction, v, u)
+            elif v is not u:
+                u[...] = v
+            if op.output >= 0:
+                outputs[op.output] = self._copy(u)
+        return self._fill(outputs), states
+
+    def push(self, states: list, tan) -> list:
+        """Tangents (directions, batch, ...) of the outputs for tangents of the initial state; overwrites `tan`."""
+        directions = tan.shape[0]
+        flat = tan.reshape(directions * self.batch, *tan.shape[2:])
+        moved: list = [None] * len(self.plan.outputs)
+        for k in self.initial_outputs:
+            moved[k] = self._copy(tan)
+        for op in self.operations:
+            if op.rkc:
+                flat[...] = self._stages(op, flat, self._buffers(flat, 4, "tangent ring"), repeat=directions)[-1]
+            if op.reaction >= 0:
+                self.reaction.tangent(op.reaction, tan, states[op.reaction], None)
+            if op.output >= 0:
+                moved[op.output] = self._copy(tan)
+        return [moved[self.repeated[k]] if m is None else m for k, m in enumerate(moved)]
+
+    def pull(self, states: list, cotangents: list):
+        """Transpose of `push`: cotangents (directions, batch, ...) of the outputs to the initial state."""
+        lam = self._copy(cotangents[0])
+        lam[...] = 0
+        directions = lam.shape[0]
+        flat = lam.reshape(directions * self.batch, *lam.shape[2:])
+        by_output: dict[int, list] = {}
+        for k, cotangent in enumerate(cotangents):
+            by_output.setdefault(self.repeated[k], []).append(cotangent)
+        for op in reversed(self.operations):
+            for cotangent in by_output.get(op.output, ()) if op.output >= 0 else ():
+                lam += cotangent
+            if op.reaction >= 0:
+                # Pointwise and linear in the state: its transpose is itself.
+                self.reaction.tangent(op.reaction, lam, states[op.reaction], None)
+            if op.rkc:
+                flat[...] = self._stages(op, flat, self._buffers(flat, 4, "tangent ring"), repeat=directions)[-1]
+        for k in self.initial_outputs:
+            for cotangent in by_output.get(k, ()):
+                lam += cotangent
+        return lam
