@@ -5,6 +5,9 @@
 # make clean      remove what was built (build/ and .venv)
 #
 # Settings, as in `make test PYTHON=python3.12 JOBS=4 PYTEST_ARGS="-k domain"`:
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PYTEST_ARGS ?=
@@ -12,7 +15,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLE := build/example
-NOTEBOOKS := examples/forecast.ipynb
+NOTEBOOKS := forecast
 
 # Real data for tests and examples; whatever needs them is skipped, with its reason, where they are absent.
 TUMORCAST_DATA ?= $(abspath $(wildcard ../shared/data))
@@ -48,7 +51,7 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/python
+$(TEST) $(BENCH) $(NOTEBOOK): $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
 	@touch $@
 
@@ -83,14 +86,13 @@ lint: $(TEST)
 
 # --- notebooks -------------------------------------------------------------------------------------------------------
 
-notebooks: $(NOTEBOOKS)
-
-# Written under build/ and moved when it ran to its end: a notebook that failed does not replace one that worked.
-examples/%.ipynb: examples/%.py $(NOTEBOOK)
-	@mkdir -p build/notebooks
-	$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --output build/notebooks/$*.ipynb $<
-	$(BIN)/python -m jupyter execute --inplace build/notebooks/$*.ipynb
-	mv build/notebooks/$*.ipynb $@
+# Executed under another name in the same folder: a notebook that failed does not replace one that worked.
+notebooks: $(NOTEBOOK)
+	@set -e; for name in $(NOTEBOOKS); do \
+	  partial=examples/.$$name.partial.ipynb; trap 'rm -f $$partial' EXIT; \
+	  $(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --output $$partial examples/$$name.py; \
+	  $(BIN)/python -m jupyter execute --inplace $$partial; \
+	  mv $$partial examples/$$name.ipynb; echo examples/$$name.ipynb; done
 
 # --- lock ------------------------------------------------------------------------------------------------------------
 
