@@ -23,7 +23,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def plain_fields(values: Mapping[str, object]) -> Mapping[str, object]:
-    """Return a read-only copy, with Python's numbers for numpy's (as a data frame gives them), which JSON cannot hold."""
+    """Return a read-only copy, with plain numbers for numpy's (as a data frame gives them), which JSON cannot hold."""
     return MappingProxyType(
         {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
     )

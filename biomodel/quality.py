@@ -1,0 +1,286 @@
+"""A quality check of patient folders, before anything is computed from them.
+
+Three steps: the schema of the manifest; the geometry and units of the images; the plausibility of what they hold.
+Beside them the check looks for information that identifies a person. It reports all that it can reach and never raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from biomodel import records
+from biomodel.cohort import Cohort
+from biomodel.domain import Domain
+from biomodel.errors import InputError, TumorcastError
+from biomodel.findings import Finding, Findings, Step, from_error
+from biomodel.identification import identification
+from biomodel.imaging.nifti import read_image, resample
+from biomodel.manifest import load_json, load_outcome, problems
+from biomodel.plausibility import plausibility
+from biomodel.schedule import Schedule
+from biomodel.schema import PatientManifest, VisitRecord
+from biomodel.visit import Visit, check_order, check_visit
+
+__all__ = ["Finding", "Findings", "check", "resample"]
+
+T = TypeVar("T")
+
+_MAPS = ("region", "adc", "drug_map")
+
+
+@dataclass
+class _Patient:
+    """What could be read of one patient, and what was found on the way."""
+
+    id: str = ""
+    items: list[Finding] = field(default_factory=list)
+    scans: dict[str, str] = field(default_factory=dict)
+    """Place of each scan, by a digest of its voxels."""
+    volumes: tuple[tuple[float, float], ...] = ()
+
+
+def check(folder: str | os.PathLike[str]) -> Findings:
+    """Check a patient folder, a cohort (``cohort.json``), or a folder of patient folders.
+
+    Parameters
+    ----------
+    folder
+        The folder, or the manifest inside it.
+
+    Returns
+    -------
+    Findings
+        Everything found; a folder that cannot be read at all gives an error among them.
+
+    Examples
+    --------
+    >>> check("no such folder").ok
+    False
+    """
+    path = Path(folder)
+    if path.is_file():
+        path = path.parent
+    name = path.resolve().name or str(path)
+    try:
+        if not path.is_dir():
+            missing = f"{path}: does not exist; expected a patient folder or a cohort."
+            return Findings(name, (Finding("error", "schema", str(path), missing, "Check the path."),), 0)
+        if (path / "patient.json").is_file():
+            return Findings(name, tuple(_check_patient(path).items))
+        items, patients = _check_cohort(path)
+        return Findings(name, tuple(items), patients)
+    except TumorcastError as error:
+        return Findings(name, (from_error(error, "schema", name),), 0)
+    except OSError as error:
+        unread = f"{path}: cannot be read ({error.strerror or error})."
+        return Findings(name, (Finding("error", "schema", name, unread, "Check its permissions."),), 0)
+
+
+def _check_patient(folder: Path) -> _Patient:
+    seen = _Patient()
+    manifest_path = folder / "patient.json"
+    data = _attempt(seen, "schema", manifest_path.name, lambda: load_json(manifest_path))
+    if data is None:
+        return seen
+    manifest = _check_schema(seen, data, folder, manifest_path.name)
+    if manifest is not None:
+        seen.id = manifest.id
+        _check_contents(seen, manifest, folder, manifest_path.name)
+    try:
+        seen.items.extend(identification(data, manifest, folder))
+    except OSError as error:
+        unread = f"{folder.name}: cannot be searched ({error.strerror or error})."
+        seen.items.append(Finding("warning", "identification", folder.name, unread, "Check its permissions."))
+    return seen
+
+
+def _attempt(seen: _Patient, step: Step, file: str, action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except TumorcastError as error:
+        seen.items.append(from_error(error, step, file))
+        return None
+
+
+def _check_schema(seen: _Patient, data: object, folder: Path, name: str) -> PatientManifest | None:
+    try:
+        manifest = PatientManifest.model_validate(data)
+    except ValidationError as error:
+        for line in problems(error, PatientManifest, name):
+            seen.items.append(from_error(InputError(line), "schema", name))
+        return None
+    _attempt(seen, "schema", "outcome.json", lambda: load_outcome(manifest, folder, name))
+    return manifest
+
+
+def _check_contents(seen: _Patient, manifest: PatientManifest, folder: Path, name: str) -> None:
+    """Run the second and third step on as much as can be read."""
+    settings = _attempt(seen, "geometry", name, lambda: records.cellularity_settings(manifest.cellularity, name))
+    _attempt(seen, "geometry", name, lambda: records.volume_settings(manifest.volumes, name))
+    domain = _attempt(seen, "geometry", _mask_of(manifest, name), lambda: records.read_domain(manifest, folder, name))
+    visits = _read_visits(seen, manifest, domain, folder, name)
+    schedule = _read_schedule(seen, manifest, name)
+    files = {number: _files(record, name) for number, record in enumerate(manifest.visits, start=1)}
+    seen.items.extend(plausibility(manifest, domain, visits, schedule, settings, files, name))
+    seen.items.extend(_duplicated_scans(seen, visits, files))
+    measured = [(visit.day, visit.volume) for visit in visits if visit.volume is not None]
+    seen.volumes = tuple(measured) if all(visit.adc is None for visit in visits) else ()
+
+
+def _mask_of(manifest: PatientManifest, name: str) -> str:
+    return name if manifest.grid is None else manifest.grid.mask
+
+
+def _files(record: VisitRecord, name: str) -> dict[str, str]:
+    return {kind: name if (source := getattr(record, kind)) is None else source.file for kind in _MAPS}
+
+
+def _read_visits(
+    seen: _Patient, manifest: PatientManifest, domain: Domain | None, folder: Path, name: str
+) -> list[Visit]:
+    baseline = records.baseline_of(manifest)
+    visits: list[Visit] = []
+    before: float | None = None
+    for number, record in enumerate(manifest.visits, start=1):
+        where = f"{name}: visit {number}"
+        day = _attempt(seen, "schema", name, lambda r=record, w=where: records.day_of(r, baseline, w))
+        if day is None:
+            continue
+        if before is not None:
+            _attempt(seen, "plausibility", name, lambda b=before, d=day, n=number: check_order(b, d, n, name))
+        before = day
+        if domain is None:
+            _read_alone(seen, record, folder, where)
+            continue
+        visit = _read_parts(seen, record, number, day, domain, manifest, folder, name)
+        if visit is not None:
+            visits.append(visit)
+    return visits
+
+
+def _read_alone(seen: _Patient, record: VisitRecord, folder: Path, where: str) -> None:
+    # Without a grid the images cannot be compared, but damaged files can be told.
+    for kind in _MAPS:
+        source = getattr(record, kind)
+        if source is not None:
+            place = f"{where}, {kind} ({source.file})"
+            _attempt(seen, "geometry", source.file, lambda s=source, p=place: read_image(folder / s.file, p))
+
+
+def _read_parts(
+    seen: _Patient,
+    record: VisitRecord,
+    number: int,
+    day: float,
+    domain: Domain,
+    manifest: PatientManifest,
+    folder: Path,
+    name: str,
+) -> Visit | None:
+    """Read map by map, so that one that cannot be used does not hide the next."""
+    parts: dict[str, np.ndarray | None] = {}
+    for kind in _MAPS:
+        source = getattr(record, kind)
+        if source is None:
+            continue
+        alone = record.model_copy(
+            update={other: None for other in (*_MAPS, "volume", "longest_diameter", "acquisition") if other != kind}
+        )
+        part = _attempt(
+            seen,
+            "geometry",
+            source.file,
+            lambda a=alone: records.read_visit(a, number, day, domain, manifest, folder, name),
+        )
+        parts[kind] = None if part is None else getattr(part, kind)
+    rest = record.model_copy(update={kind: None for kind in _MAPS})
+    visit = _attempt(
+        seen, "geometry", name, lambda: records.read_visit(rest, number, day, domain, manifest, folder, name)
+    )
+    if visit is None:
+        return None
+    whole = replace(visit, **parts)
+    if len(parts) > 1:
+        files = _files(record, name)
+        places = {kind: f"{name}: visit {number}, {kind} ({files[kind]})" for kind in _MAPS}
+        _attempt(seen, "geometry", files["adc"], lambda: check_visit(whole, domain, places))
+    return whole
+
+
+def _read_schedule(seen: _Patient, manifest: PatientManifest, name: str) -> Schedule:
+    """Read treatment by treatment, so that one that cannot be used does not hide the next."""
+    schedule = Schedule()
+    for number, record in enumerate(manifest.treatments, start=1):
+        one = manifest.model_copy(update={"treatments": [record]})
+        try:
+            schedule = schedule + records.read_schedule(one, name)
+        except InputError as error:
+            told = type(error)(str(error).replace("treatment 1", f"treatment {number}", 1))
+            seen.items.append(from_error(told, "plausibility", name))
+    return schedule
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(repr(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _duplicated_scans(seen: _Patient, visits: list[Visit], files: dict[int, dict[str, str]]) -> Iterator[Finding]:
+    regions: dict[str, int] = {}
+    for visit in visits:
+        if visit.adc is not None:
+            digest = _digest(visit.adc)
+            place = f"visit {visit.number}"
+            if digest in seen.scans:
+                same = f"{place} and {seen.scans[digest]} hold the same ADC map, voxel by voxel."
+                remedy = "Scans of different days never agree exactly: put the right file there."
+                yield Finding("error", "plausibility", files[visit.number]["adc"], same, remedy)
+            seen.scans.setdefault(digest, place)
+        if visit.region is not None:
+            digest = _digest(visit.region)
+            if digest in regions:
+                same = f"Visit {visit.number} and visit {regions[digest]} have the same region, voxel by voxel."
+                remedy = "Check that the region was drawn on this visit's scan."
+                yield Finding("warning", "plausibility", files[visit.number]["region"], same, remedy)
+            regions.setdefault(digest, visit.number)
+
+
+def _check_cohort(folder: Path) -> tuple[list[Finding], int]:
+    items: list[Finding] = []
+    try:
+        members = Cohort.read(folder).members
+    except TumorcastError as error:
+        items.append(from_error(error, "schema", "cohort.json" if (folder / "cohort.json").is_file() else folder.name))
+        members = tuple(sorted(found.parent.name for found in folder.glob("*/patient.json")))
+    ids: dict[str, str] = {}
+    scans: dict[str, str] = {}
+    courses: dict[tuple[tuple[float, float], ...], str] = {}
+    for member in members:
+        seen = _check_patient(folder / member)
+        items.extend(replace(item, file=f"{member}/{item.file}") for item in seen.items)
+        file = f"{member}/patient.json"
+        key = seen.id.strip().casefold()
+        if key and key in ids:
+            same = f"{member} and {ids[key]} have the same id '{seen.id}'."
+            items.append(Finding("error", "plausibility", file, same, "Give each patient one folder and one id."))
+        ids.setdefault(key, member)
+        for digest, place in seen.scans.items():
+            if digest in scans:
+                same = f"{place} of {member} and {scans[digest]} hold the same ADC map, voxel by voxel."
+                remedy = "The same person seems to be in the cohort twice: keep one of them, in one split."
+                items.append(Finding("error", "plausibility", file, same, remedy))
+            scans.setdefault(digest, f"{place} of {member}")
+        if len(seen.volumes) > 1:
+            if seen.volumes in courses:
+                same = f"{member} and {courses[seen.volumes]} have the same days and volumes."
+                remedy = "Check whether the same person is in the cohort twice."
+                items.append(Finding("warning", "plausibility", file, same, remedy))
+            courses.setdefault(seen.volumes, member)
+    return items, len(members)
