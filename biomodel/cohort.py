@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from biomodel.errors import InputError, TumorcastError
+from biomodel.frozen import FrozenDict
 from biomodel.manifest import load_json, validate
 from biomodel.patient import Patient
 from biomodel.schema import CohortManifest
@@ -76,9 +76,7 @@ class Cohort:
                     )
                 part_of[member] = part
         object.__setattr__(self, "members", tuple(self.members))
-        object.__setattr__(
-            self, "splits", MappingProxyType({part: tuple(members) for part, members in self.splits.items()})
-        )
+        object.__setattr__(self, "splits", FrozenDict({part: tuple(members) for part, members in self.splits.items()}))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Cohort:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 
 from biomodel.errors import GeometryError, InputError
+from biomodel.frozen import FrozenDict, frozen_array
 
 __all__ = ["Domain"]
-
-
-def frozen_array(values: object, dtype: type) -> np.ndarray:
-    """Return an own read-only copy of `values`, so that nothing outside can change a frozen object."""
-    array = np.array(values, dtype=dtype)
-    array.setflags(write=False)
-    return array
 
 
 def _as_bool(values: object, name: str) -> np.ndarray:
@@ -31,8 +24,8 @@ def _as_bool(values: object, name: str) -> np.ndarray:
 class Domain:
     """A voxel grid, the organ's mask on it, and tissue fractions.
 
-    One- and two-dimensional domains are grids with axes of length one; the mask's boundary carries zero flux, so nothing
-    flows along such an axis.
+    One- and two-dimensional domains are grids with axes of length one; the mask's boundary carries zero flux, so
+    nothing flows along such an axis.
 
     Parameters
     ----------
@@ -102,7 +95,7 @@ class Domain:
         object.__setattr__(self, "mask", mask)
         object.__setattr__(self, "spacing", spacing)
         object.__setattr__(self, "affine", affine)
-        object.__setattr__(self, "tissues", MappingProxyType(tissues))
+        object.__setattr__(self, "tissues", FrozenDict(tissues))
 
     @classmethod
     def box(
@@ -112,7 +105,7 @@ class Domain:
         mask: np.ndarray | None = None,
         tissues: Mapping[str, np.ndarray] | None = None,
     ) -> Domain:
-        """Return a box of `shape` (z, y, x) voxels of `spacing` (dz, dy, dx) mm, inside everywhere unless a mask is given.
+        """Return a box of `shape` (z, y, x) voxels of `spacing` (dz, dy, dx) mm, all inside unless a mask is given.
 
         Examples
         --------
@@ -143,8 +136,8 @@ class Domain:
     def coords(self) -> dict[str, np.ndarray]:
         """Positions of voxel centres along each axis, mm: arrays of one axis under ``z``, ``y`` and ``x``.
 
-        They are patient coordinates when the grid is not oblique. On an oblique grid they are distances along the grid's
-        own axes (the affine alone gives patient coordinates).
+        They are patient coordinates when the grid is not oblique. On an oblique grid they are distances along the
+        grid's own axes (the affine alone gives patient coordinates).
         """
         return {
             axis: self.affine[2 - number, 3] + self.spacing[number] * np.arange(self.shape[number])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 
 import numpy as np
 
-from biomodel.domain import Domain, frozen_array
+from biomodel.domain import Domain
 from biomodel.errors import GeometryError, InputError, UnitError
+from biomodel.frozen import FrozenDict, frozen_array
 from biomodel.schedule import LARGEST_DAY
 
 __all__ = ["CellularitySettings", "Visit", "VolumeSettings", "check_order", "check_visit", "require"]
@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
 
 def plain_fields(values: Mapping[str, object]) -> Mapping[str, object]:
     """Return a read-only copy, with plain numbers for numpy's (as a data frame gives them), which JSON cannot hold."""
-    return MappingProxyType(
+    return FrozenDict(
         {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
     )
 

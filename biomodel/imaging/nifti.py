@@ -89,6 +89,7 @@ def read_image(
     if path.stat().st_size == 0:
         raise InputError(f"{where}: file {path.name} is empty; expected a NIfTI file. Copy or export it again.")
     try:
+        _check_gzip(path)
         source = nib.load(path)
         if not isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
             kind = type(source).__name__
@@ -132,6 +133,14 @@ def read_image(
     if like is not None:
         check_same_grid(image, like, where, path.name, like_name)
     return image
+
+
+def _check_gzip(path: Path) -> None:
+    # nibabel stops reading before the checksum at the end, so a damaged file would pass as other numbers.
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
 
 
 def _millimetre_affine(source: nib.Nifti1Image, where: str) -> np.ndarray:
