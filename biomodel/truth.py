@@ -87,16 +87,17 @@ def face_rates(mask: NDArray[np.bool_], diffusivity: Array, spacing: Sequence[fl
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box):  # type: ignore[no-untyped-def]
+def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box, spans):  # type: ignore[no-untyped-def]
     """One Runge-Kutta stage on a box of padded arrays: r = rhs(y); acc (+)= b r; out = u + a r, or u = acc + b r.
 
     `kind` is 0 for the first stage, 1 for the middle ones and 2 for the last. `floor` > 0 selects Gompertz growth, with
-    a rate that rises no further below that fraction; `floor` = 0 selects logistic growth.
+    a rate that rises no further below that fraction; `floor` = 0 selects logistic growth. `spans` holds the organ's
+    extent along each row.
     """
     crowd = np.empty(u.shape[3])
-    x0, x1 = box[2, 0], box[2, 1]
     for i in range(box[0, 0], box[0, 1]):
         for j in range(box[1, 0], box[1, 1]):
+            x0, x1 = max(box[2, 0], spans[i, j, 0]), min(box[2, 1], spans[i, j, 1])
             for m in range(x0, x1):
                 crowd[m] = y[0, i, j, m]
             for p in range(1, u.shape[0]):
@@ -136,7 +137,7 @@ def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box):  #
 
 
 @numba.njit(cache=True, nogil=True)
-def _active(u, cutoff):  # type: ignore[no-untyped-def]
+def _active(u, cutoff, spans):  # type: ignore[no-untyped-def]
     """Smallest box (half-open, padded indices) that holds every cell above `cutoff`; empty boxes have hi <= lo."""
     box = np.empty((3, 2), np.int64)
     for axis in range(3):
@@ -146,7 +147,7 @@ def _active(u, cutoff):  # type: ignore[no-untyped-def]
             for j in range(1, u.shape[2] - 1):
                 row = u[p, i, j]
                 lo, hi = u.shape[3], 0
-                for m in range(1, u.shape[3] - 1):
+                for m in range(spans[i, j, 0], spans[i, j, 1]):
                     if row[m] > cutoff:
                         lo, hi = min(lo, m), m + 1
                 if hi > 0:
@@ -212,11 +213,15 @@ def integrate(
     kills = np.asarray(sensitivity, float)
     limits = np.array([[1, n + 1] for n in mask.shape])
     box = limits[:, ::-1].copy()
+    inside = np.pad(mask, 1)
+    first_in = np.where(inside.any(axis=2), inside.argmax(axis=2), inside.shape[2])
+    behind = np.where(inside.any(axis=2), inside.shape[2] - inside[:, :, ::-1].argmax(axis=2), 0)
+    spans = np.stack([first_in, behind], axis=-1)
     spread = float(np.max(2.0 * (cz + cy + cx + sum(np.roll(c, -1, a) for a, c in enumerate((cz, cy, cx))))))
     steepest = growth * max(1.0, -np.log(gompertz_floor)) if gompertz_floor > 0 else growth
 
     def stage(y: Array, out: Array, kill: float, a: float, b: float, kind: int) -> None:
-        _stage(u, y, total, out, cz, cy, cx, growth, gompertz_floor, kill * kills, a, b, kind, box)
+        _stage(u, y, total, out, cz, cy, cx, growth, gompertz_floor, kill * kills, a, b, kind, box, spans)
 
     now = float(start)
     for wanted in times:
@@ -235,7 +240,7 @@ def integrate(
             h = length / steps
             for n in range(steps):
                 t = now + n * h
-                reach = _active(u, cutoff)
+                reach = _active(u, cutoff, spans)
                 # A step of four stages reaches four cells; the box never shrinks, so the cells left out keep the
                 # values that all the work arrays were given at the start.
                 box[:, 0] = np.maximum(limits[:, 0], np.minimum(box[:, 0], reach[:, 0] - 4))
