@@ -443,7 +443,7 @@ class Simulation(torch.nn.Module):
         faces = prepared.faces or []
         out = _Evolve.apply(prepared.evolution, self.solver.memory, len(faces), padded, prepared.scale, *faces,
                             *prepared.leaves)  # fmt: skip
-        if not bool(torch.isfinite(out.detach()).all()):
+        if not math.isfinite(float(out.detach().sum())):
             raise SolverError(f"the state is not finite at {dict(params)}; the parameters are too extreme.")
         return self._unbox(out[..., 1:-1, 1:-1, 1:-1])
 
@@ -454,14 +454,14 @@ class Simulation(torch.nn.Module):
         widths = [w for s, n in zip(reversed(self.box), reversed(self.shape), strict=True) for w in (s.start, n - s.stop)]
         return torch.nn.functional.pad(u, widths)
 
-    def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str], plan: TimePlan | None = None,
+    def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str | None], plan: TimePlan | None = None,
                       du0: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """States and their derivatives by scalar parameters, in one forward pass.
 
         Parameters
         ----------
         wrt : sequence of str
-            Global names of scalar parameters, one direction each.
+            Global names of scalar parameters, one direction each; None for a direction of `du0` alone.
         du0 : Tensor, shape (len(wrt), batch or 1, z, y, x), optional
             Tangent of the initial state that goes with each direction.
 
@@ -479,6 +479,9 @@ class Simulation(torch.nn.Module):
         d_faces: list = [None] * len(wrt)
         leaf_moves: list[list[torch.Tensor]] = []
         for d, name in enumerate(wrt):
+            if name is None:
+                leaf_moves.append([torch.zeros_like(leaf) for leaf in prepared.leaves])
+                continue
             if name not in values or values[name].ndim != 1:
                 raise SolverError(f"sensitivities: {name!r} is not a scalar parameter of this model.")
 
@@ -502,7 +505,7 @@ class Simulation(torch.nn.Module):
         )
         u = torch.stack([torch.as_tensor(o) for o in outputs], 1)[..., 1:-1, 1:-1, 1:-1]
         du = torch.stack([torch.as_tensor(o) for o in tangents], 2)[..., 1:-1, 1:-1, 1:-1]
-        if not bool(torch.isfinite(u).all() and torch.isfinite(du).all()):
+        if not math.isfinite(float(u.sum() + du.sum())):
             raise SolverError("the state or its sensitivities are not finite; the parameters are too extreme.")
         return self._unbox(u), self._unbox(du)
 

@@ -1,0 +1,209 @@
+"""`calibrate` and its methods, and the comparison of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from biomodel.calibration.fit import Fit
+from biomodel.calibration.gaussnewton import Optimum, limits_of, minimise, prior_of
+from biomodel.calibration.images import ImageProblem
+from biomodel.calibration.volumes import VolumeProblem
+from biomodel.errors import CalibrationError
+from biomodel.models import ReactionDiffusion
+from biomodel.patient import Patient
+from biomodel.solvers.torch import TorchSolver
+
+
+@dataclass(frozen=True)
+class MAP:
+    """The maximum of the posterior, by Levenberg-Marquardt in transformed coordinates.
+
+    Parameters
+    ----------
+    starts : int
+        Starting points: the prior's mean, then draws from the prior. All run a few iterations, the best goes on.
+    iterations : int
+        Most iterations of the final run.
+    tolerance : float
+        Stop where a step is below this many posterior standard deviations.
+    seed : int
+        For the starting points.
+    """
+
+    starts: int = 3
+    iterations: int = 40
+    tolerance: float = 0.02
+    seed: int = 0
+    start_at: Mapping[str, float] | None = None
+
+    def optimise(self, problem, prior, progress: Callable[[str], None] | None = None) -> Optimum:
+        limits = limits_of(problem.parameters)
+        rng = np.random.default_rng(self.seed)
+        first = prior.mean.copy()
+        if self.start_at:
+            for name, value in self.start_at.items():
+                if name not in problem.names:
+                    raise CalibrationError(f"start_at: {name!r} is not calibrated; there are {', '.join(problem.names)}.")
+                first[problem.names.index(name)] = problem.parameters[name].prior.to_z(np.float64(value))
+        points = [first]
+        # Draws of half the prior's width: enough to leave a wrong basin, without extreme models.
+        points += [rng.multivariate_normal(prior.mean, prior.covariance / 4) for _ in range(self.starts - 1)]
+        problem.replan(first)
+        screened = []
+        for point in points:
+            try:
+                count = 2 if len(points) > 1 else self.iterations
+                screened.append(minimise(lambda z: problem.linearise(z, False), point, prior, limits, count, 0.1))
+            except CalibrationError:
+                continue
+        if not screened:
+            raise CalibrationError("the model cannot be evaluated at any starting point; check priors and data.")
+        best = min(screened, key=lambda o: o.objective)
+        problem.replan(best.z)
+        if not best.converged:
+            best = minimise(lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, 0.1, progress)
+        problem.replan(best.z)
+        return minimise(
+            lambda z: problem.linearise(z, True), best.z, prior, limits, self.iterations, self.tolerance, progress
+        )
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """`MAP` plus the Gaussian posterior with the exact Gauss-Newton covariance, and the evidence."""
+
+    map: MAP = field(default_factory=MAP)
+
+
+def calibrate(
+    model: ReactionDiffusion,
+    patient: Patient,
+    solver: TorchSolver | None = None,
+    method: MAP | Laplace | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Fit:
+    """Calibrate a model on the visits of one patient.
+
+    Parameters
+    ----------
+    model : ReactionDiffusion
+    patient : Patient
+        Usually ``patient.until(visit=k)``: all its visits are used. The first gives the initial state.
+    solver : TorchSolver, optional
+    method : MAP or Laplace, optional
+        Laplace by default.
+    progress : callable, optional
+        Receives a line of text per iteration.
+
+    Returns
+    -------
+    Fit
+
+    Raises
+    ------
+    CalibrationError
+        If there is no tumour at the first visit, no later visit, or no point at which the model can be evaluated.
+    """
+    solver = TorchSolver() if solver is None else solver
+    method = Laplace() if method is None else method
+    optimiser = method.map if isinstance(method, Laplace) else method
+    kind = VolumeProblem if patient.domain.well_mixed else ImageProblem
+    problem = kind(model, patient, solver)
+    prior = prior_of(problem.parameters, model.joint)
+    best = optimiser.optimise(problem, prior, progress)
+    p = len(best.z)
+    hessian = best.linear.hessian + prior.precision
+    covariance = np.linalg.inv(hessian)
+    covariance = (covariance + covariance.T) / 2
+    log_likelihood = best.linear.log_likelihood()
+    offset = best.z - prior.mean
+    log_prior = -0.5 * offset @ prior.precision @ offset - 0.5 * np.linalg.slogdet(2 * np.pi * prior.covariance)[1]
+    evidence = log_likelihood + log_prior + 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+    notes = list(patient.notes)
+    if not best.converged:
+        notes.append(f"The calibration stopped after {best.iterations} iterations without converging.")
+    low, high = limits_of(problem.parameters)
+    stuck = [n for n, z, a, b in zip(problem.names, best.z, low, high, strict=True) if z <= a or z >= b]
+    if stuck:
+        notes.append(f"At its bound: {', '.join(stuck)}. The data ask for a value that the model forbids.")
+    return Fit(
+        model=model,
+        patient=patient,
+        solver=solver,
+        method=type(method).__name__,
+        parameters=problem.parameters,
+        prior=prior,
+        z=best.z,
+        covariance=covariance if isinstance(method, Laplace) else np.zeros((p, p)),
+        log_likelihood=float(log_likelihood),
+        log_evidence=float(evidence),
+        count=problem.count,
+        iterations=best.iterations,
+        solves=problem.solves,
+        converged=best.converged,
+        initial_update=problem.initial_update(best.linear),
+        box=problem.box,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A family of models on the same data.
+
+    Attributes
+    ----------
+    fits : tuple of Fit
+    """
+
+    fits: tuple[Fit, ...]
+
+    def _weights(self, scores: Sequence[float]) -> np.ndarray:
+        x = np.asarray(scores) - np.max(scores)
+        return np.exp(x) / np.exp(x).sum()
+
+    @property
+    def evidence_weights(self) -> np.ndarray:
+        """Posterior model probabilities under equal prior ones."""
+        return self._weights([f.log_evidence for f in self.fits])
+
+    @property
+    def best(self) -> Fit:
+        """The fit with the highest evidence."""
+        return self.fits[int(np.argmax([f.log_evidence for f in self.fits]))]
+
+    def table(self) -> list[dict[str, object]]:
+        """One row per model: log evidence, AIC and BIC with their weights."""
+        aic = self._weights([-f.aic / 2 for f in self.fits])
+        bic = self._weights([-f.bic / 2 for f in self.fits])
+        return [
+            {"model": f.model.label, "log_evidence": f.log_evidence, "evidence_weight": float(w), "aic": f.aic,
+             "aic_weight": float(a), "bic": f.bic, "bic_weight": float(b), "parameters": len(f.names)}
+            for f, w, a, b in zip(self.fits, self.evidence_weights, aic, bic, strict=True)
+        ]  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{r['model']}</td><td>{r['log_evidence']:.2f}</td><td>{r['evidence_weight']:.3f}</td>"
+            f"<td>{r['aic']:.1f}</td><td>{r['bic']:.1f}</td></tr>"
+            for r in self.table()
+        )
+        head = "<tr><th>model</th><th>log evidence</th><th>weight</th><th>AIC</th><th>BIC</th></tr>"
+        return f"<table>{head}{rows}</table>"
+
+
+def compare(
+    models: Sequence[ReactionDiffusion],
+    patient: Patient,
+    solver: TorchSolver | None = None,
+    method: MAP | Laplace | None = None,
+) -> Comparison:
+    """Calibrate several models on the same patient and compare them by evidence, AIC and BIC."""
+    if not models:
+        raise CalibrationError("compare: no models given.")
+    return Comparison(tuple(calibrate(m, patient, solver, method) for m in models))
+
+

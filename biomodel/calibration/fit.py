@@ -1,0 +1,133 @@
+"""The result of a calibration: a Gaussian posterior in transformed coordinates, and what the data informed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from biomodel.calibration.gaussnewton import GaussianPrior
+from biomodel.models import ReactionDiffusion
+from biomodel.parameters import Parameter
+from biomodel.patient import Patient
+from biomodel.solvers.torch import TorchSolver
+
+#: A parameter counts as identified where its posterior sd is below this share of its prior sd.
+IDENTIFIED = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A calibrated model.
+
+    Attributes
+    ----------
+    parameters : mapping of str to Parameter
+        All calibrated parameters: the model's free ones, then those of the initial state and the measurement.
+    z, covariance : ndarray, shape (p,) and (p, p)
+        Mean (the MAP estimate) and covariance of the transformed coordinates. A `MAP` fit has zero covariance.
+    log_evidence, log_likelihood, aic, bic : float
+        Laplace approximation of the log evidence; log-likelihood at the MAP; information criteria (their number of
+        parameters counts only what is calibrated, their number of data the measured voxels or volumes).
+    initial_update : ndarray or None
+        Posterior mean change of the measured initial state on the computing box.
+    """
+
+    model: ReactionDiffusion
+    patient: Patient
+    solver: TorchSolver
+    method: str
+    parameters: Mapping[str, Parameter]
+    prior: GaussianPrior
+    z: np.ndarray
+    covariance: np.ndarray
+    log_likelihood: float
+    log_evidence: float
+    count: int
+    iterations: int
+    solves: int
+    converged: bool
+    initial_update: np.ndarray | None = None
+    box: tuple[slice, slice, slice] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parameters)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Parameter values at the MAP estimate, by name."""
+        return {n: float(p.prior.to_value(v)) for (n, p), v in zip(self.parameters.items(), self.z, strict=True)}
+
+    @property
+    def sd(self) -> np.ndarray:
+        """Posterior standard deviations of the transformed coordinates, (p,)."""
+        return np.sqrt(np.diag(self.covariance))
+
+    @property
+    def shrinkage(self) -> dict[str, float]:
+        """Posterior over prior standard deviation by parameter: 1 means that the data said nothing."""
+        return dict(zip(self.names, (self.sd / self.prior.sd).tolist(), strict=True))
+
+    @property
+    def identified(self) -> tuple[str, ...]:
+        """Parameters whose posterior sd is below half of their prior sd."""
+        return tuple(n for n, s in self.shrinkage.items() if s < IDENTIFIED)
+
+    @property
+    def aic(self) -> float:
+        return 2 * len(self.names) - 2 * self.log_likelihood
+
+    @property
+    def bic(self) -> float:
+        return len(self.names) * float(np.log(max(self.count, 1))) - 2 * self.log_likelihood
+
+    def draw(self, draws: int, seed: int) -> dict[str, np.ndarray]:
+        """Draw parameter values from the posterior.
+
+        Parameters
+        ----------
+        draws : int
+        seed : int
+
+        Returns
+        -------
+        dict of str to ndarray, shape (draws,)
+        """
+        rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+        values, vectors = np.linalg.eigh(self.covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0))
+        z = self.z + rng.standard_normal((draws, len(self.z))) @ root.T
+        found = {}
+        for i, (name, p) in enumerate(self.parameters.items()):
+            # Bounds are far in the tails; a draw beyond one is set onto it.
+            found[name] = np.clip(p.prior.to_value(z[:, i]), *p.bounds)
+        return found
+
+    def table(self) -> list[dict[str, object]]:
+        """One row per parameter: estimate, 90 % interval, unit, shrinkage and whether the data informed it."""
+        rows = []
+        for i, (name, p) in enumerate(self.parameters.items()):
+            low, high = (float(p.prior.to_value(self.z[i] + s * 1.6448536269514722 * self.sd[i])) for s in (-1, 1))
+            share = float(self.sd[i] / self.prior.sd[i])
+            rows.append({
+                "name": name, "estimate": float(p.prior.to_value(self.z[i])), "low": low, "high": high,
+                "units": p.units, "prior_median": float(p.prior.to_value(self.prior.mean[i])),
+                "prior_low": float(p.prior.to_value(self.prior.mean[i] - 1.6448536269514722 * self.prior.sd[i])),
+                "prior_high": float(p.prior.to_value(self.prior.mean[i] + 1.6448536269514722 * self.prior.sd[i])),
+                "shrinkage": share, "informed_by": "data" if share < IDENTIFIED else
+                ("data and prior" if share < 0.9 else "prior"),
+                "description": p.description, "source": p.source,
+            })  # fmt: skip
+        return rows
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{r['name']}</td><td>{r['estimate']:.4g}</td><td>{r['low']:.3g} to {r['high']:.3g}</td>"
+            f"<td>{r['units']}</td><td>{r['informed_by']}</td></tr>"
+            for r in self.table()
+        )
+        head = "<tr><th>parameter</th><th>estimate</th><th>90 % interval</th><th>unit</th><th>informed by</th></tr>"
+        return f"<b>{self.method} fit of {self.model.label}, {self.patient.id}</b><table>{head}{rows}</table>"

@@ -1,0 +1,125 @@
+"""Levenberg-Marquardt in transformed coordinates with a Gaussian prior, bounds and refused trial points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from biomodel.errors import CalibrationError, SolverError
+from biomodel.parameters import Parameter
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """Gaussian over transformed coordinates: mean (p,), covariance and precision (p, p)."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @property
+    def precision(self) -> np.ndarray:
+        return np.linalg.inv(self.covariance)
+
+    @property
+    def sd(self) -> np.ndarray:
+        return np.sqrt(np.diag(self.covariance))
+
+
+def prior_of(parameters: dict[str, Parameter], joint=None) -> GaussianPrior:
+    """Prior over the parameters' transformed coordinates, with a cohort's joint prior where there is one."""
+    names = list(parameters)
+    mean = np.array([p.prior.location for p in parameters.values()])
+    covariance = np.diag([p.prior.scale**2 for p in parameters.values()])
+    if joint is not None:
+        where = [names.index(n) for n in joint.names if n in names]
+        keep = [i for i, n in enumerate(joint.names) if n in names]
+        mean[where] = joint.mean[keep]
+        covariance[np.ix_(where, where)] = joint.covariance[np.ix_(keep, keep)]
+    return GaussianPrior(mean, covariance)
+
+
+def limits_of(parameters: dict[str, Parameter]) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds in transformed coordinates."""
+    low = [float(p.prior.to_z(np.float64(p.bounds[0]))) for p in parameters.values()]
+    high = [float(p.prior.to_z(np.float64(p.bounds[1]))) for p in parameters.values()]
+    return np.array(low), np.array(high)
+
+
+@dataclass(eq=False)
+class Optimum:
+    """Where a minimisation ended."""
+
+    z: np.ndarray
+    objective: float
+    linear: object
+    iterations: int
+    converged: bool
+
+
+def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, iterations: int, tolerance: float,
+             progress: Callable[[str], None] | None = None) -> Optimum:  # fmt: skip
+    """Minimise data objective + prior by Levenberg-Marquardt.
+
+    Parameters
+    ----------
+    linearise : callable
+        z -> object with `objective`, `gradient`, `hessian` of the data and ``trial(z)``.
+    tolerance : float
+        Stop where the step is below this many posterior standard deviations in every direction.
+
+    Notes
+    -----
+    A trial point whose objective is not finite is refused and the damping raised, as for one that is no improvement.
+    The damping scales the prior's precision: a step of length one prior standard deviation is natural.
+    """
+    low, high = limits
+    precision = prior.precision
+
+    def penalty(x):
+        d = x - prior.mean
+        return 0.5 * float(d @ precision @ d)
+
+    z = np.clip(z, low, high)
+    try:
+        linear = linearise(z)
+    except SolverError as error:
+        raise CalibrationError(f"the model cannot be evaluated at the starting point: {error}") from error
+    damping = 1e-3
+    for iteration in range(1, iterations + 1):
+        gradient = linear.gradient + precision @ (z - prior.mean)
+        hessian = linear.hessian + precision
+        now = linear.objective + penalty(z)
+        # Coordinates held at a bound by the gradient do not move.
+        free = ~(((z <= low) & (gradient > 0)) | ((z >= high) & (gradient < 0)))
+        accepted = False
+        for _ in range(12):
+            matrix = hessian[np.ix_(free, free)] + damping * np.diag(np.diag(hessian)[free])
+            step = np.zeros_like(z)
+            step[free] = -np.linalg.solve(matrix, gradient[free])
+            longest = np.max(np.abs(step) / prior.sd)
+            if longest > 3.0:
+                step *= 3.0 / longest
+            trial = np.clip(z + step, low, high)
+            small = np.max(np.abs(trial - z) * np.sqrt(np.diag(hessian))) < tolerance
+            try:
+                value = linear.trial(trial) + penalty(trial)
+            except SolverError:
+                value = np.inf
+            if np.isfinite(value) and value <= now + 1e-12 * abs(now):
+                accepted = True
+                break
+            if small:
+                break
+            damping = max(4 * damping, 1e-3)
+        if progress:
+            progress(f"iteration {iteration}: objective {now:.6g}")
+        if not accepted:
+            return Optimum(z, now, linear, iteration, True)
+        z = trial
+        damping = max(damping / 5, 1e-9)
+        linear = linearise(z)
+        if small:
+            return Optimum(z, linear.objective + penalty(z), linear, iteration, True)
+    return Optimum(z, linear.objective + penalty(z), linear, iterations, False)

@@ -1,0 +1,419 @@
+"""Calibration data from images: the initial state, the residuals and their weights.
+
+The first visit gives the initial state: the measured cell fraction inside the region and, outside, a halo that falls
+off with the distance from the region's edge (cells that nobody sees). Later visits give residuals: inside the region
+the measured cell fraction, outside only that nothing visible was seen, so that a prediction is held against it where
+it exceeds the visible fraction.
+
+Two errors of the measurement are kept apart. The one shared by all voxels of a visit (repeatability of a tumour's
+mean ADC) is an unknown shift per visit, calibrated beside the model's parameters. The one of single voxels also sits
+in the initial state, from where the model carries it to later visits; it is marginalised exactly (to first order) by
+weighting residuals with the inverse of C = R + J R0 J', where J is the derivative of the predictions by the initial
+state, applied matrix-free with conjugate gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+
+from biomodel.domain import Domain
+from biomodel.errors import CalibrationError
+from biomodel.models import ReactionDiffusion
+from biomodel.observation import Seen, observe
+from biomodel.parameters import LogNormal, Normal, Parameter
+from biomodel.patient import Patient
+from biomodel.solvers.torch import Simulation, TorchSolver
+
+HALO = Parameter(
+    "halo", "mm", LogNormal(1.5, 0.5), (0.1, 20.0),
+    "width sqrt(D / k) of a travelling front's foot, Murray 2002, Mathematical Biology I, chapter 13",
+    "length over which cells outside the visible region fall off",
+)  # fmt: skip
+LEVEL = Parameter(
+    "level", "1", LogNormal(0.4, 0.5), (0.01, 1.0),
+    "weak: the cell fraction of a region without an ADC map is not measured",
+    "cell fraction inside the first region",
+)  # fmt: skip
+#: Voxels farther from every region than this say nothing new; mm.
+NEIGHBOURHOOD = 12.0
+
+
+def computing_box(patient: Patient, model: ReactionDiffusion, days: float) -> tuple[slice, slice, slice]:
+    """Box around all regions with room for `days` of spread at an upper diffusivity and growth of the priors."""
+    inside = np.logical_or.reduce([v.region for v in patient.visits if v.region is not None])
+    upper = {n: (p.typical if p.fixed else p.prior.quantile(0.95)) for n, p in model.parameters.items()}
+    d = max((v for n, v in upper.items() if n.startswith("diffusion.")), default=0.0)
+    k = max((v for n, v in upper.items() if n.startswith("growth.")), default=0.0)
+    # Whichever is smaller bounds where visible tumour can be: diffusion alone is too little, an untreated front too
+    # much for most; six millimetres are kept in any case.
+    margin = 6.0 + min(3 * np.sqrt(2 * d * days), 2 * np.sqrt(d * k) * days + 2 * np.sqrt(2 * d * days))
+    return patient.domain.bounding_box(inside, float(margin))
+
+
+def field_maps(model: ReactionDiffusion, patient: Patient) -> dict[str, np.ndarray]:
+    """Fields that terms read from the visits (the drug map of the first visit that has one), on the whole grid."""
+    found = {}
+    if "drug_map" in model.fields:
+        maps = [v.drug_map for v in patient.visits if v.drug_map is not None]
+        if not maps:
+            raise CalibrationError(
+                f"patient {patient.id}: the model reads 'drug_map', but no visit has one; add it to the manifest or "
+                "use a treatment without map."
+            )
+        found["drug_map"] = maps[0]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class InitialState:
+    """Initial cell fraction as a function of its few parameters, on a cropped grid.
+
+    u0 = fraction - shift cv response inside the region (or `level` without ADC), visible exp(-distance / halo)
+    outside.
+    """
+
+    seen: Seen
+    visible: float
+    cv: float
+    distance: np.ndarray
+    mask: np.ndarray
+    base: np.ndarray
+
+    @classmethod
+    def of(cls, seen: Seen, visible: float, cv: float, domain: Domain) -> InitialState:
+        # From the region's edge, which lies half a voxel beyond the last voxel's centre.
+        distance = distance_transform_edt(~seen.region, sampling=domain.spacing) - 0.5 * min(
+            s for s, n in zip(domain.spacing, domain.shape, strict=True) if n > 1
+        )
+        base = np.zeros(domain.shape) if seen.fraction is None else np.maximum(seen.fraction, 0.0) * seen.region
+        return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        if self.seen.fraction is None:
+            return (HALO, LEVEL)
+        return (HALO, _shift(self.seen.number)) if self.cv else (HALO,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"initial.{p.name}" if p in (HALO, LEVEL) else p.name for p in self.parameters)
+
+    def state(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """Initial states (batch, z, y, x) for parameter values (batch,)."""
+        halo = np.reshape(values["initial.halo"], (-1, 1, 1, 1))
+        outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
+        if self.seen.fraction is None:
+            inside = np.reshape(values["initial.level"], (-1, 1, 1, 1)) * self.seen.region
+        else:
+            shift = np.reshape(values.get(shift_name(self.seen.number), np.zeros(1)), (-1, 1, 1, 1))
+            inside = self.base - shift * self.cv * self.seen.response
+        return outside + inside
+
+    def derivatives(self, values: dict[str, float]) -> list[np.ndarray]:
+        """Derivative of the state by each of `names`, (z, y, x) each."""
+        halo = values["initial.halo"]
+        outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
+        found = [outside * self.distance / halo**2]
+        if self.seen.fraction is None:
+            found.append(self.seen.region.astype(float))
+        elif self.cv:
+            found.append(-self.cv * self.seen.response)
+        return found
+
+
+def shift_name(number: int) -> str:
+    """Name of a visit's shared ADC shift."""
+    return f"adc_shift.visit{number}"
+
+
+def _shift(number: int) -> Parameter:
+    return Parameter(
+        shift_name(number), "1", Normal(0.0, 1.0), (-6.0, 6.0),
+        "repeatability of ADC, Newitt et al. 2019, doi:10.1002/jmri.26539",
+        f"relative ADC error shared by visit {number}, in units of the repeatability's CV",
+    )  # fmt: skip
+
+
+class ImageProblem:
+    """Residuals, sensitivities and weights of one imaged patient.
+
+    Raises
+    ------
+    CalibrationError
+        If there is no tumour in the first visit, or no later visit to calibrate on.
+    """
+
+    def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver):
+        self.model, self.patient = model, patient
+        seen = [s for s in (observe(patient, v) for v in patient.visits) if s is not None]
+        if not seen or not seen[0].region.any():
+            raise CalibrationError(
+                f"patient {patient.id}: no tumour region at the first visit; there is nothing to calibrate."
+            )
+        if len(seen) < 2:
+            raise CalibrationError(
+                f"patient {patient.id}: only visit {seen[0].number} has a region; a calibration needs at least two "
+                "visits (patient.until(visit=2) or later)."
+            )
+        settings = patient.cellularity
+        self.visible = settings.visible_fraction if settings else 0.15
+        self.cv = settings.repeatability_cv if settings else 0.0
+        self.days = np.array([s.day for s in seen])
+        box = computing_box(patient, model, float(self.days[-1] - self.days[0]))
+        self.box, self.domain = box, patient.domain.crop(box)
+        crop = [
+            Seen(s.day, s.number, *(None if a is None else np.asarray(a)[box] for a in
+                                    (s.region, s.fraction, s.sd, s.response))) for s in seen
+        ]  # fmt: skip
+        self.initial = InitialState.of(crop[0], self.visible, self.cv, self.domain)
+        self.later = crop[1:]
+        fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
+        self.simulation: Simulation = solver.build(model, self.domain, patient.schedule, fields, start=self.days[0])
+        nuisance = list(zip(self.initial.names, self.initial.parameters, strict=True))
+        nuisance += [(shift_name(s.number), _shift(s.number)) for s in self.later if s.fraction is not None and self.cv]
+        self.parameters: dict[str, Parameter] = {n: model.parameters[n] for n in model.free} | dict(nuisance)
+        self.names = tuple(self.parameters)
+        self._rows()
+        self.plan = None
+        self.solves = 0
+
+    def _rows(self) -> None:
+        """Lay out the residuals: (time, voxel) of measured rows first, then of rows where nothing was seen."""
+        any_region = np.logical_or.reduce([self.initial.seen.region] + [s.region for s in self.later])
+        near = distance_transform_edt(~any_region, sampling=self.domain.spacing) <= NEIGHBOURHOOD
+        shape = (len(self.later), *self.domain.shape)
+        measured, bounded, sign = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape)
+        value, variance, response = np.zeros(shape), np.ones(shape), np.zeros(shape)
+        settings = self.patient.cellularity
+        # Noise of the cell fraction just at the visible level, for rows where only visibility is known.
+        visible_sd = 0.05
+        if settings:
+            adc = settings.adc_w - self.visible * (settings.adc_w - settings.adc_min)
+            visible_sd = max(settings.voxel_cv * adc / (settings.adc_w - settings.adc_min), 1e-3)
+        for t, s in enumerate(self.later):
+            outside = near & self.domain.mask & ~s.region
+            bounded[t], sign[t] = outside, 1.0
+            variance[t] = visible_sd**2
+            if s.fraction is None:
+                bounded[t] |= s.region
+                sign[t][s.region] = -1.0
+            else:
+                measured[t] = s.region
+                value[t], response[t] = s.fraction, self.cv * s.response
+                variance[t] = np.where(s.region, np.maximum(s.sd, 1e-6) ** 2, variance[t])
+        self.measured, self.rows = measured, measured | bounded
+        self.sign = np.where(measured, 0.0, sign)[self.rows]
+        self.value, self.variance, self.response = value[self.rows], variance[self.rows], response[self.rows]
+        self.time_of_row = np.nonzero(self.rows)[0]
+        first = self.initial.seen
+        self.initial_variance = np.zeros(self.domain.shape) if first.sd is None else first.sd**2 * first.region
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Number of measured values."""
+        return int(self.measured.sum())
+
+    def values(self, z: np.ndarray) -> dict[str, float]:
+        """Parameter values by name from transformed coordinates (p,)."""
+        return {n: float(p.prior.to_value(v)) for (n, p), v in zip(self.parameters.items(), z, strict=True)}
+
+    def _split(self, values: dict) -> dict:
+        return {n: values[n] for n in self.model.free}
+
+    def _arguments(self, values: dict):
+        u0 = self.initial.state({n: np.array([values[n]]) for n in self.initial.names})
+        return self._split(values), torch.tensor(u0), self.days[1:]
+
+    def replan(self, z: np.ndarray) -> None:
+        """Choose the steps anew at these coordinates."""
+        self.plan = self.simulation.plan(*self._arguments(self.values(z)))
+
+    def _residual(self, predicted: np.ndarray, values: dict) -> tuple[np.ndarray, np.ndarray]:
+        """Residuals (n,) and the rows that count."""
+        shift = np.array([values.get(shift_name(s.number), 0.0) for s in self.later])[self.time_of_row]
+        excess = self.sign * (predicted - self.visible)
+        active = (self.sign == 0) | (excess > 0)
+        residual = np.where(self.sign == 0, self.value - predicted - shift * self.response, -self.sign * excess)
+        return np.where(active, residual, 0.0), active
+
+    def residual(self, z: np.ndarray) -> np.ndarray:
+        """Residuals alone, by one forward run."""
+        values = self.values(z)
+        self.solves += 1
+        u = self.simulation(*self._arguments(values), plan=self.plan)[0].numpy()[self.rows]
+        return self._residual(u, values)[0]
+
+    def initial_update(self, linear: ImageLinear) -> np.ndarray:
+        """Posterior mean change of the initial state at the optimum, (z, y, x)."""
+        return linear.initial_update()
+
+    def linearise(self, z: np.ndarray, exact: bool) -> ImageLinear:
+        """Residuals with derivatives and weights at z; `exact` marginalises the initial state's noise by C."""
+        values = self.values(z)
+        params, u0, times = self._arguments(values)
+        if self.plan is None:
+            self.replan(z)
+        du0 = np.zeros((len(self.names), 1, *self.domain.shape))
+        wrt: list[str | None] = [n if n in self.model.free else None for n in self.names]
+        for name, derivative in zip(self.initial.names, self.initial.derivatives(values), strict=True):
+            du0[self.names.index(name), 0] = derivative
+        moving = [i for i, n in enumerate(self.names) if wrt[i] or n in self.initial.names]
+        u, du = self.simulation.sensitivities(
+            params, u0, times, [wrt[i] for i in moving], plan=self.plan, du0=torch.tensor(du0[moving])
+        )
+        self.solves += 1 + len(moving)
+        residual, active = self._residual(u[0].numpy()[self.rows], values)
+        jacobian = np.zeros((len(self.names), len(residual)))
+        for i, d in zip(moving, du[:, 0].numpy(), strict=True):
+            jacobian[i] = d[self.rows]
+        for t, s in enumerate(self.later):
+            if shift_name(s.number) in self.names:
+                jacobian[self.names.index(shift_name(s.number))] = np.where(self.time_of_row == t, self.response, 0.0)
+        jacobian *= np.where(active, 1.0, 0.0)
+        chain = [_slope(p, v) for p, v in zip(self.parameters.values(), z, strict=True)]
+        jacobian *= np.array(chain)[:, None]
+        weights = Weights(self, params, u0, times, active, exact)
+        return ImageLinear(self, residual, jacobian, weights)
+
+
+def _slope(parameter: Parameter, z: float) -> float:
+    """Derivative of the value by the transformed coordinate."""
+    step = 1e-5
+    prior = parameter.prior
+    return (float(prior.to_value(z + step)) - float(prior.to_value(z - step))) / (2 * step)
+
+
+class Weights:
+    """Products with the inverse of C = R + J R0 J' on the residuals that count.
+
+    Without `exact` the voxel noise of the initial state is taken as if it were carried on without smoothing, which
+    needs no solves.
+    """
+
+    def __init__(self, problem: ImageProblem, params, u0, times, active: np.ndarray, exact: bool):
+        self.problem, self.active = problem, active
+        self.variance = problem.variance
+        noisy = bool(problem.initial_variance.any())
+        self.linear = problem.simulation.linearise(params, u0, times, plan=problem.plan) if exact and noisy else None
+        if noisy and not exact:
+            # Gain of a uniform perturbation: final over initial cell fraction, voxel by voxel, at most 2.
+            spread = np.broadcast_to(problem.initial_variance, problem.rows.shape)[problem.rows]
+            self.variance = problem.variance + np.where(spread > 0, spread, 0.0)
+
+    def _scatter(self, x: np.ndarray) -> torch.Tensor:
+        p = self.problem
+        full = np.zeros((len(x), 1, *p.rows.shape))
+        full[:, 0, p.rows] = x * self.active
+        return torch.tensor(full)
+
+    def pulled(self, x: np.ndarray) -> np.ndarray:
+        """R0 J' x: (m, n) to (m, z, y, x)."""
+        self.problem.solves += len(x)
+        return self.linear.pull(self._scatter(x))[:, 0].numpy() * self.problem.initial_variance
+
+    def covariance(self, x: np.ndarray) -> np.ndarray:
+        """C x for rows of x, (m, n)."""
+        self.problem.solves += len(x)
+        carried = self.linear.push(torch.tensor(self.pulled(x)[:, None]))[:, 0].numpy()[:, self.problem.rows]
+        return self.variance * x + carried * self.active
+
+    def solve(self, b: np.ndarray, rtol: float = 1e-4, limit: int = 60) -> np.ndarray:
+        """C^-1 b for rows of b, (m, n), by conjugate gradients preconditioned with R."""
+        b = b * self.active
+        if self.linear is None:
+            return b / self.variance
+        x = b / self.variance * 0.5
+        r = b - self.covariance(x)
+        z = r / self.variance
+        p, rz = z.copy(), np.sum(r * z, 1)
+        goal = rtol**2 * np.maximum(np.sum(b * b / self.variance, 1), 1e-300)
+        for _ in range(limit):
+            if np.all(np.sum(r * r / self.variance, 1) <= goal):
+                return x
+            cp = self.covariance(p)
+            step = rz / np.maximum(np.sum(p * cp, 1), 1e-300)
+            x += step[:, None] * p
+            r -= step[:, None] * cp
+            z = r / self.variance
+            new = np.sum(r * z, 1)
+            p = z + (new / np.maximum(rz, 1e-300))[:, None] * p
+            rz = new
+        return x
+
+    def log_determinant(self, probes: int = 6, steps: int = 12) -> float:
+        """log det C over the measured rows, by stochastic Lanczos quadrature beyond the diagonal R.
+
+        Ubaru, Chen and Saad 2017, SIAM J Matrix Anal Appl 38:1075, doi:10.1137/16M1104974.
+        """
+        measured = (self.problem.sign == 0) & self.active
+        total = float(np.log(self.variance[measured]).sum())
+        if self.linear is None:
+            return total
+        root = np.sqrt(self.variance)
+        rng = np.random.default_rng(0)
+        v = rng.choice([-1.0, 1.0], (probes, len(root))) * measured
+        n = float(measured.sum())
+        v /= np.sqrt(n)
+        alpha, beta, basis = [], [], [v]
+        previous, b = np.zeros_like(v), np.zeros(probes)
+        for _ in range(steps):
+            w = self.covariance(v / root) / root * measured - b[:, None] * previous
+            a = np.sum(w * v, 1)
+            w -= a[:, None] * v
+            for q in basis:  # full reorthogonalisation: few steps, short vectors in number
+                w -= np.sum(w * q, 1)[:, None] * q
+            b = np.linalg.norm(w, axis=1)
+            alpha.append(a)
+            beta.append(b)
+            if np.all(b < 1e-10):
+                break
+            previous, v = v, w / np.maximum(b, 1e-300)[:, None]
+            basis.append(v)
+        estimate = 0.0
+        for m in range(probes):
+            diagonal, off = [a[m] for a in alpha], [c[m] for c in beta[:-1]]
+            matrix = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
+            eigenvalues, vectors = np.linalg.eigh(matrix)
+            estimate += n * float(np.sum(vectors[0] ** 2 * np.log(np.maximum(eigenvalues, 1e-12)))) / probes
+        return total + estimate
+
+
+@dataclass(eq=False)
+class ImageLinear:
+    """Gauss-Newton quantities at one point: objective, gradient and Hessian of the data, and their weights."""
+
+    problem: ImageProblem
+    residual: np.ndarray
+    jacobian: np.ndarray
+    weights: Weights
+
+    def __post_init__(self):
+        solved = self.weights.solve(np.vstack((self.residual, self.jacobian)))
+        self.weighted = solved[0]
+        self.objective = 0.5 * float(self.residual @ solved[0])
+        self.gradient = -self.jacobian @ solved[0]
+        hessian = self.jacobian @ solved[1:].T
+        self.hessian = (hessian + hessian.T) / 2
+
+    def trial(self, z: np.ndarray) -> float:
+        """Objective at another point, with these weights held."""
+        residual = self.problem.residual(z)
+        return 0.5 * float(residual @ self.weights.solve(residual[None])[0])
+
+    def log_likelihood(self) -> float:
+        """Gaussian log-likelihood of the measured values."""
+        return -self.objective - 0.5 * self.weights.log_determinant() - 0.5 * self.problem.count * np.log(2 * np.pi)
+
+    def initial_update(self) -> np.ndarray:
+        """Posterior mean change of the initial state, R0 J' C^-1 r, (z, y, x)."""
+        if self.weights.linear is None:
+            return np.zeros(self.problem.domain.shape)
+        return self.weights.pulled(self.weighted[None])[0]
+
+

@@ -1,0 +1,345 @@
+"""`forecast`: posterior predictive draws of the tumour at any time and under any schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from biomodel.calibration.fit import Fit
+from biomodel.calibration.images import InitialState, computing_box, field_maps
+from biomodel.calibration.volumes import CAPACITY, VOLUME, VolumeProblem
+from biomodel.errors import InputError, SolverError
+from biomodel.files import atomic_write
+from biomodel.observation import Seen, longest_diameter, observe
+from biomodel.patient import Patient
+from biomodel.schedule import Schedule
+
+#: Most bytes of states held at once while draws are simulated.
+BLOCK = 2.5e8
+#: Days between points of the volume curves.
+CURVE_STEP = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """Draws of the tumour's future.
+
+    Attributes
+    ----------
+    data : xarray.Dataset
+        At the requested times: `cell_fraction` (draw, time, z, y, x; float32, on the computing box), `volume` (draw,
+        time; cm³), `cells`, `longest_diameter` (mm), and `probability` (time, z, y, x) that a voxel is visible tumour.
+        A patient without images has `volume` and `measured_volume` (with the measurement's noise) only.
+    curves : xarray.Dataset
+        `volume` and `cells` (draw, day) on a finer time axis.
+    fit : Fit
+    schedule : Schedule
+        The treatments assumed, which need not be those of the patient.
+    box : tuple of slice or None
+        Where the maps lie on the patient's grid.
+    """
+
+    data: xr.Dataset
+    curves: xr.Dataset
+    fit: Fit
+    schedule: Schedule
+    seed: int
+    box: tuple[slice, slice, slice] | None
+    notes: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        return self.data[name]
+
+    @property
+    def times(self) -> np.ndarray:
+        """Requested days."""
+        return self.data["time"].values
+
+    @property
+    def draws(self) -> int:
+        return self.data.sizes["draw"]
+
+    def summary(self) -> dict[str, object]:
+        """Everything but the maps, in plain numbers: quantiles, parameters, provenance. No clock, no path."""
+        levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+        quantities: dict[str, object] = {}
+        for name in ("volume", "measured_volume", "cells", "longest_diameter"):
+            if name in self.data:
+                q = self.data[name].quantile(levels, "draw").values
+                quantities[name] = {
+                    "units": self.data[name].attrs["units"],
+                    "quantiles": [{"day": float(t), **{f"{level:g}": _plain(v) for level, v in zip(levels, q[:, i],
+                                                                                                strict=True)}}
+                                  for i, t in enumerate(self.times)],
+                }  # fmt: skip
+        return {
+            "schema": "tumorcast/summary/v1",
+            "patient": self.fit.patient.id,
+            "calibrated_until": float(self.fit.patient.visits[-1].day),
+            "calibration_visits": len(self.fit.patient.visits),
+            "draws": int(self.draws),
+            "seed": int(self.seed),
+            "forecast": quantities,
+            "parameters": [{k: _plain(v) for k, v in row.items() if k not in ("source",)} for row in self.fit.table()],
+            "identified": list(self.fit.identified),
+            "log_evidence": _plain(self.fit.log_evidence),
+            "schedule": _schedule_rows(self.schedule),
+            "notes": list(self.notes),
+            "provenance": provenance(self.fit),
+        }
+
+    def write(self, folder: str | PathLike[str], extra: dict[str, object] | None = None) -> None:
+        """Write `forecast.nc` and `summary.json` into a folder; `extra` (for instance scores) joins the summary."""
+        folder = Path(folder)
+        summary = {**self.summary(), **(extra or {})}
+        tree = xr.DataTree.from_dict({"/": self.data, "/curves": self.curves})
+        with atomic_write(folder / "forecast.nc") as path:
+            tree.to_netcdf(path, engine="h5netcdf", encoding={
+                "/": {n: {"zlib": True, "complevel": 1} for n in ("cell_fraction", "probability") if n in self.data}
+            })  # fmt: skip
+        with atomic_write(folder / "summary.json") as path:
+            Path(path).write_text(json.dumps(summary, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+
+    def _repr_html_(self) -> str:
+        q = self.data["volume"].quantile([0.05, 0.5, 0.95], "draw").values
+        rows = "".join(
+            f"<tr><td>{t:g}</td><td>{q[1, i]:.3g}</td><td>{q[0, i]:.3g} to {q[2, i]:.3g}</td></tr>"
+            for i, t in enumerate(self.times)
+        )
+        head = "<tr><th>day</th><th>volume, cm³ (median)</th><th>90 % interval</th></tr>"
+        return f"<b>Forecast of {self.fit.patient.id}, {self.draws} draws</b><table>{head}{rows}</table>"
+
+
+def _plain(value):
+    """Numbers for JSON: 8 significant digits are more than any of them is worth."""
+    if isinstance(value, (bool, np.bool_, str)) or value is None:
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(f"{float(value):.8g}") if math.isfinite(value) else None
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    return value
+
+
+def _schedule_rows(schedule: Schedule) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = [
+        {"kind": "chemotherapy", "agent": d.agent, "day": d.day, "amount": d.amount, "units": d.units, "status": d.status}
+        for d in schedule.doses
+    ]
+    rows += [{"kind": "radiotherapy", "day": f.day, "amount": f.gray, "units": "Gy", "status": f.status}
+             for f in schedule.fractions]  # fmt: skip
+    rows += [{"kind": "ongoing", "agent": o.agent, "day": o.start_day, "status": o.status} for o in schedule.ongoing]
+    return rows
+
+
+def provenance(fit: Fit) -> dict[str, object]:
+    """Model, solver, data and versions behind a result."""
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    solver = fit.solver
+    return {
+        "model": fit.model.label,
+        "known_parameters": {n: _plain(p.typical) for n, p in fit.model.parameters.items() if p.fixed},
+        "method": fit.method,
+        "solver": {"name": type(solver).__name__, "rtol": solver.rtol, "dtype": str(solver.dtype).removeprefix("torch."),
+                   "device": torch.device(solver.device).type},
+        "patient_sha256": fit.patient.fingerprint(),
+        "versions": {n: of(n) for n in ("tumorcast", "torch", "numpy", "scipy", "xarray", "numba")},
+    }  # fmt: skip
+
+
+def forecast(
+    fit: Fit,
+    until: float | None = None,
+    draws: int = 200,
+    seed: int = 0,
+    times: Sequence[float] | None = None,
+    schedule: Schedule | None = None,
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> Forecast:
+    """Forecast the tumour.
+
+    Parameters
+    ----------
+    fit : Fit
+    until : float, optional
+        Last day; needed unless `times` are given.
+    draws : int
+        Draws from the posterior of the parameters and the initial state.
+    seed : int
+    times : sequence of float, optional
+        Days at which maps are wanted; by default the last calibrated visit and `until`.
+    schedule : Schedule, optional
+        Another schedule than the patient's (what-if). What was given before the last calibrated visit should stay in
+        it, as the calibration assumed it.
+    progress : callable, optional
+        Wraps the iteration over blocks of draws, for a progress bar.
+
+    Returns
+    -------
+    Forecast
+
+    Raises
+    ------
+    InputError
+        If times lie before the first visit, or draws is not positive.
+    SolverError
+        If more than one draw in ten gives a state that is not finite.
+    """
+    patient = fit.patient
+    first, last = patient.visits[0].day, patient.visits[-1].day
+    if times is None:
+        if until is None:
+            raise InputError("forecast: give the last day as until=..., or the days as times=[...].")
+        times = [last, until] if until > last else [until]
+    days = np.unique(np.array([*times, *([until] if until is not None else [])], float))
+    if not np.isfinite(days).all() or days[0] < first:
+        raise InputError(f"forecast: times {days.tolist()} must be finite and not before the first visit, day {first:g}.")
+    if draws < 1:
+        raise InputError(f"forecast: draws is {draws}; expected at least 1.")
+    schedule = patient.schedule if schedule is None else schedule
+    curve = np.unique(np.concatenate((np.arange(first, days[-1], CURVE_STEP), days)))
+    run = _volumes if patient.domain.well_mixed else _images
+    data, curves, box, notes = run(fit, days, curve, draws, seed, schedule, progress)
+    for axis in (data["time"], curves["day"]):
+        axis.attrs.update(units="days", baseline=patient.baseline or "day 0 of the record")
+    data.attrs.update(patient=patient.id, baseline=patient.baseline or "", calibrated_until=float(last),
+                      provenance=json.dumps(provenance(fit), sort_keys=True))  # fmt: skip
+    return Forecast(data, curves, fit, schedule, seed, box, (*fit.notes, *notes))
+
+
+def _noise(seed: int, purpose: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, purpose]))
+
+
+def initial_states(fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np.random.Generator | None) -> np.ndarray:
+    """Initial cell fractions (draw, z, y, x) on a box: measured, moved by the fit, with the voxels' own noise."""
+    patient = fit.patient
+    seen = next(s for s in (observe(patient, v) for v in patient.visits) if s is not None)
+    crop = Seen(seen.day, seen.number, *(None if a is None else np.asarray(a)[box]
+                                         for a in (seen.region, seen.fraction, seen.sd, seen.response)))  # fmt: skip
+    settings = patient.cellularity
+    initial = InitialState.of(crop, settings.visible_fraction if settings else 0.15,
+                              settings.repeatability_cv if settings else 0.0, domain)  # fmt: skip
+    u0 = initial.state(values)
+    if fit.initial_update is not None:
+        full = np.zeros(patient.domain.shape)
+        full[fit.box] = fit.initial_update
+        u0 = u0 + full[box]
+    if rng is not None and crop.sd is not None:
+        u0 = u0 + rng.standard_normal(u0.shape) * (crop.sd * crop.region)
+    return np.maximum(u0, 0.0) * domain.mask
+
+
+def _images(fit, days, curve, draws, seed, schedule, progress):
+    patient, model = fit.patient, fit.model
+    first = patient.visits[0].day
+    box = computing_box(patient, model, float(days[-1] - first))
+    domain = patient.domain.crop(box)
+    fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
+    simulation = fit.solver.build(model, domain, schedule, fields, start=first)
+    settings = patient.cellularity
+    visible = settings.visible_fraction if settings else 0.15
+    theta = settings.carrying_capacity(domain.voxel_volume) if settings else math.nan
+    values = fit.draw(draws, seed)
+    rng = _noise(seed, 2)
+    at = np.searchsorted(curve, days)
+    n_voxels = int(np.prod(domain.shape))
+    block = max(1, min(draws, int(BLOCK / (n_voxels * 8 * (len(curve) + 6)))))
+    maps = np.zeros((draws, len(days), *domain.shape), np.float32)
+    volume, cells = np.zeros((draws, len(curve))), np.zeros((draws, len(curve)))
+    diameter = np.zeros((draws, len(days)))
+    plan, failed, reached = None, [], 0.0
+    starts = list(range(0, draws, block))
+    faces = _outer_faces(domain, patient.domain, box)
+    for start in progress(starts) if progress else starts:
+        part = slice(start, min(start + block, draws))
+        here = {n: v[part] for n, v in values.items()}
+        u0 = initial_states(fit, box, domain, here, rng)
+        params = {n: torch.tensor(here[n]) for n in model.free}
+        if plan is None:
+            # One plan for all draws, made at the extremes of the posterior.
+            extreme = {n: torch.tensor(np.quantile(values[n], [0.5, 0.95])) for n in model.free}
+            plan = simulation.plan(extreme, torch.tensor(u0[:1]), curve)
+        try:
+            u = simulation(params, torch.tensor(u0), curve, plan=plan).numpy()
+        except SolverError:
+            failed.extend(range(part.start, part.stop))
+            continue
+        visible_now = u >= visible
+        volume[part] = visible_now.sum((2, 3, 4)) * domain.voxel_volume / 1e3
+        cells[part] = (u * domain.mask).sum((2, 3, 4)) * theta
+        maps[part] = u[:, at]
+        reached = max(reached, float(u[..., faces].max()) if faces.any() else 0.0)
+        for i in range(part.stop - part.start):
+            for t, c in enumerate(at):
+                diameter[part.start + i, t] = longest_diameter(visible_now[i, c], domain.spacing)
+    notes = []
+    if failed:
+        if len(failed) > draws / 10:
+            raise SolverError(f"forecast: {len(failed)} of {draws} draws gave no finite state; the posterior is too wide.")
+        notes.append(f"{len(failed)} of {draws} draws gave no finite state and were left out.")
+    if reached > visible / 4:
+        notes.append(f"The tumour reaches the edge of the computing box (cell fraction {reached:.2f} there).")
+    keep = np.setdiff1d(np.arange(draws), failed)
+    coords = {"draw": keep, "time": days, **{k: ("zyx"["zyx".index(k)], v) for k, v in domain.coords.items()}}
+    data = xr.Dataset(
+        {
+            "cell_fraction": (("draw", "time", "z", "y", "x"), maps[keep]),
+            "probability": (("time", "z", "y", "x"), (maps[keep] >= visible).mean(0).astype(np.float32)),
+            "volume": (("draw", "time"), volume[keep][:, at]),
+            "cells": (("draw", "time"), cells[keep][:, at]),
+            "longest_diameter": (("draw", "time"), diameter[keep]),
+            "mask": (("z", "y", "x"), domain.mask),
+            "affine": (("row", "column"), np.asarray(domain.affine)),
+        },
+        coords=coords,
+        attrs={"visible_fraction": visible, "theta": theta},
+    )
+    curves = xr.Dataset(
+        {"volume": (("draw", "day"), volume[keep]), "cells": (("draw", "day"), cells[keep])},
+        coords={"draw": keep, "day": curve},
+    )
+    _units(data)
+    _units(curves)
+    return data, curves, box, notes
+
+
+def _outer_faces(domain, whole, box) -> np.ndarray:
+    """Voxels of the mask on sides of the box where the organ goes on."""
+    found = np.zeros(domain.shape, bool)
+    for axis, (s, n) in enumerate(zip(box, whole.shape, strict=True)):
+        index: list = [slice(None)] * 3
+        for position, cut in ((0, s.start > 0), (-1, s.stop < n)):
+            if cut:
+                index[axis] = position
+                found[tuple(index)] = True
+    return found & domain.mask
+
+
+def _units(data: xr.Dataset) -> None:
+    units = {"volume": "cm^3", "measured_volume": "cm^3", "cells": "1", "longest_diameter": "mm", "cell_fraction": "1",
+             "probability": "1", "mask": "1", "affine": "mm"}  # fmt: skip
+    for name, unit in units.items():
+        if name in data:
+            data[name].attrs["units"] = unit
+    for axis in "zyx":
+        if axis in data.coords:
+            data[axis].attrs["units"] = "mm"
+
+
+def _volumes(fit, days, curve, draws, seed, schedule, progress):
+    raise NotImplementedError
