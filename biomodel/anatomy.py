@@ -73,7 +73,7 @@ class Breast:
 
 def positions(shape: Sequence[int], spacing: Sequence[float]) -> tuple[Array, Array, Array]:
     """Coordinates (mm, from the middle of the box) of cell centres, as three arrays that broadcast to `shape`."""
-    axes = [(np.arange(n) + 0.5 - n / 2) * step for n, step in zip(shape, spacing, strict=True)]
+    axes = [(np.arange(n, dtype=np.float64) + 0.5 - n / 2) * step for n, step in zip(shape, spacing, strict=True)]
     return axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
 
 

@@ -87,7 +87,7 @@ def face_rates(mask: NDArray[np.bool_], diffusivity: Array, spacing: Sequence[fl
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box, spans):  # type: ignore[no-untyped-def]
+def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box, spans):
     """One Runge-Kutta stage on a box of padded arrays: r = rhs(y); acc (+)= b r; out = u + a r, or u = acc + b r.
 
     `kind` is 0 for the first stage, 1 for the middle ones and 2 for the last. `floor` > 0 selects Gompertz growth, with
@@ -137,7 +137,7 @@ def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box, spa
 
 
 @numba.njit(cache=True, nogil=True)
-def _active(u, cutoff, spans):  # type: ignore[no-untyped-def]
+def _active(u, cutoff, spans):
     """Smallest box (half-open, padded indices) that holds every cell above `cutoff`; empty boxes have hi <= lo."""
     box = np.empty((3, 2), np.int64)
     for axis in range(3):
