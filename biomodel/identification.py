@@ -11,12 +11,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from biomodel.findings import Finding, Severity, Step
+from biomodel.imaging.nifti import UNREADABLE, length_units, open_nifti
 from biomodel.schema import PatientManifest
 
 __all__ = ["identification"]
@@ -127,8 +125,8 @@ def _is_dicom(path: Path) -> bool:
 
 def _header(path: Path, file: str, named: bool) -> Iterator[Finding]:
     try:
-        header = nib.load(path).header
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError):
+        header = open_nifti(path).header
+    except UNREADABLE:
         return  # the second step tells about damaged files
     for name in _HEADER_FIELDS:
         if name not in header:
@@ -150,7 +148,7 @@ def _header(path: Path, file: str, named: bool) -> Iterator[Finding]:
         yield _finding("warning", file, message, "Remove the header's extensions and save the file again.")
     if not named:
         return
-    if header.get_xyzt_units()[0] == "unknown":
+    if length_units(header) == "unknown":
         message = f"{file}: the header does not say its unit of length; it is read as mm, as NIfTI tools do."
         yield _finding("warning", file, message, "Set the header's xyzt_units to mm.", "geometry")
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
@@ -162,15 +160,15 @@ def _faces(manifest: PatientManifest, folder: Path) -> Iterator[Finding]:
     if manifest.grid is None:
         return
     try:
-        inside = np.asarray(nib.load(folder / manifest.grid.mask).dataobj) > 0
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError):
+        inside = np.asarray(open_nifti(folder / manifest.grid.mask).dataobj) > 0
+    except UNREADABLE:
         return
     for number, visit in enumerate(manifest.visits, start=1):
         if visit.adc is None:
             continue
         try:
-            values = np.asarray(nib.load(folder / visit.adc.file).dataobj, dtype=float)
-        except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError):
+            values = np.asarray(open_nifti(folder / visit.adc.file).dataobj, dtype=float)
+        except UNREADABLE:
             continue
         if values.shape != inside.shape:
             continue

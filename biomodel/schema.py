@@ -20,6 +20,7 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 File = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 Date = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2})?)?$")]
 Agent = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[^\s.]+$")]
+Tissue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Status = Literal["given", "planned"]
 
 _ONE_TIME = {"oneOf": [{"required": ["day"]}, {"required": ["date"]}]}
@@ -85,7 +86,7 @@ class Grid(Strict):
 
     mask: File
     """NIfTI file with 1 inside the organ; its grid is the computing grid."""
-    tissues: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], File] = {}
+    tissues: Annotated[dict[Tissue, File], Field(json_schema_extra={"additionalProperties": False})] = {}
     """NIfTI files with the fraction (0 to 1) of a tissue in each voxel, by name of the tissue."""
 
 

@@ -27,6 +27,20 @@ __all__ = ["Image", "check_same_grid", "read_image", "resample", "write_image"]
 #: precision, and registration tools write them with a few digits.
 SAME_GRID = 0.01
 
+#: What nibabel, gzip and numpy raise for files that are missing, cut, damaged or of another kind.
+UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    OSError,
+    EOFError,
+    zlib.error,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
+
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
 
 
@@ -89,35 +103,19 @@ def read_image(
     if path.stat().st_size == 0:
         raise InputError(f"{where}: file {path.name} is empty; expected a NIfTI file. Copy or export it again.")
     try:
-        _check_gzip(path)
-        source = nib.load(path)
-        if not isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
-            kind = type(source).__name__
-            raise InputError(f"{where}: {path.name} is a {kind}; expected NIfTI. Convert it to .nii.gz.")
+        source = open_nifti(path)
         if source.get_data_dtype().kind not in "iufb":
             raise InputError(
                 f"{where}: {path.name} holds values of type {source.get_data_dtype()}; expected real numbers. "
                 "Export one number per voxel."
             )
-        values = np.asarray(source.dataobj, dtype=np.float64)
-    except InputError:
-        raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        with np.errstate(all="ignore"):  # a damaged scale factor overflows; what comes of it is checked by the caller
+            values = np.asarray(source.dataobj, dtype=np.float64)
+    except UNREADABLE as error:
+        detail = (str(error) or type(error).__name__).splitlines()[0].replace(str(path), path.name)
         raise InputError(
-            f"{where}: {path.name} is truncated or damaged ({error}); expected a whole gzip file. Copy it again."
-        ) from None
-    except (ImageFileError, HeaderDataError) as error:
-        detail = str(error).splitlines()[0].replace(str(path), path.name)
-        raise InputError(
-            f"{where}: {path.name} cannot be read as NIfTI ({detail}); expected .nii or .nii.gz. Convert or export it "
-            "again."
-        ) from None
-    except (OSError, ValueError) as error:
-        # nibabel reports a short uncompressed file as OSError, and header nonsense as ValueError.
-        detail = str(error).splitlines()[0].replace(str(path), path.name) if str(error) else type(error).__name__
-        raise InputError(
-            f"{where}: {path.name} is truncated, damaged or unreadable ({detail}); expected a whole NIfTI file. "
-            "Copy it again."
+            f"{where}: {path.name} is truncated, damaged or no NIfTI file ({detail}); expected a whole .nii or "
+            ".nii.gz. Copy or export it again."
         ) from None
     affine = _millimetre_affine(source, where)
     values = _three_axes(values, where)
@@ -127,7 +125,7 @@ def read_image(
         values=values,
         affine=affine,
         spacing=spacing,  # type: ignore[arg-type]
-        length_units=source.header.get_xyzt_units()[0],
+        length_units=length_units(source.header),
         oriented=int(source.header["sform_code"]) > 0 or int(source.header["qform_code"]) > 0,
     )
     if like is not None:
@@ -135,19 +133,38 @@ def read_image(
     return image
 
 
-def _check_gzip(path: Path) -> None:
+def open_nifti(path: str | os.PathLike[str]) -> nib.Nifti1Image:
+    """Open a NIfTI file, its voxels not yet read.
+
+    Raises
+    ------
+    ImageFileError
+        If it is no NIfTI file; other kinds of error are among ``UNREADABLE``, too.
+    """
     # nibabel stops reading before the checksum at the end, so a damaged file would pass as other numbers.
-    if path.suffix == ".gz":
+    if Path(path).suffix == ".gz":
         with gzip.open(path) as stream:
             while stream.read(1 << 22):
                 pass
+    image = nib.load(path)
+    if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
+        raise ImageFileError(f"it is a {type(image).__name__}")
+    return image
+
+
+def length_units(header: nib.Nifti1Header) -> str:
+    """Return the units of length that a header states: mm, meter, micron or unknown."""
+    try:
+        return header.get_xyzt_units()[0]
+    except KeyError:  # a code that the standard does not know
+        return "unknown"
 
 
 def _millimetre_affine(source: nib.Nifti1Image, where: str) -> np.ndarray:
     affine = np.array(source.affine, float)
     if not np.isfinite(affine).all():
         raise GeometryError(f"{where}: the affine has NaN or infinite entries. Export the image again.")
-    units = source.header.get_xyzt_units()[0]
+    units = length_units(source.header)
     affine[:3] = _as_stored(affine[:3]) * _MM_PER_UNIT.get(units, 1.0)
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     if not (steps > 0).all():

@@ -139,7 +139,7 @@ def test_truncated(tmp_path, values, name, part):
     write_image(path, values, canonical_affine())
     whole = path.read_bytes()
     path.write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(InputError, match=r"a\.nii.*(truncated|empty|cannot be read).*expected") as caught:
+    with pytest.raises(InputError, match=r"a\.nii.*(truncated|empty).*expected") as caught:
         read_image(path)
     assert str(tmp_path) not in str(caught.value).replace(f"file {path}", "")
 

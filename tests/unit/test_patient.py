@@ -413,7 +413,7 @@ def test_truncated_file(folder):
     path.write_bytes(path.read_bytes()[:-20])
     message = refusal(folder)
     assert message.startswith("patient.json: visit 2, region (visit2_region.nii.gz): ")
-    assert "truncated or damaged" in message and "Copy it again" in message
+    assert "truncated, damaged or no NIfTI file" in message and "Copy or export it again" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
