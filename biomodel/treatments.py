@@ -101,7 +101,7 @@ class Chemotherapy(Kill):
     """
 
     agent: str = ""
-    efficacy: Prior | Fixed = LogNormal(0.15, 0.5)
+    efficacy: Prior | Fixed = LogNormal(0.08, 0.6)
     decay: Prior | Fixed = Fixed(0.35)
     map: str | None = None
     resistant: Prior | Fixed | None = None

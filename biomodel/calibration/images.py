@@ -27,6 +27,7 @@ from biomodel.observation import Seen, observe
 from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.torch import Simulation, TorchSolver
+from biomodel.treatments import Jump, Kill
 
 HALO = Parameter(
     "halo", "mm", LogNormal(1.5, 0.5), (0.1, 20.0),
@@ -178,6 +179,7 @@ class ImageProblem:
         self.parameters: dict[str, Parameter] = {n: model.parameters[n] for n in model.free} | dict(nuisance)
         self.names = tuple(self.parameters)
         self._rows()
+        self.acting = {n for n in model.free if not n.startswith(tuple(_idle(model, patient, self.days[-1])))}
         self.plan = None
         self.solves = 0
 
@@ -263,7 +265,7 @@ class ImageProblem:
         wrt: list[str | None] = [n if n in self.model.free else None for n in self.names]
         for name, derivative in zip(self.initial.names, self.initial.derivatives(values), strict=True):
             du0[self.names.index(name), 0] = derivative
-        moving = [i for i, n in enumerate(self.names) if wrt[i] or n in self.initial.names]
+        moving = [i for i, n in enumerate(self.names) if n in self.acting or n in self.initial.names]
         u, du = self.simulation.sensitivities(
             params, u0, times, [wrt[i] for i in moving], plan=self.plan, du0=torch.tensor(du0[moving])
         )
@@ -280,6 +282,17 @@ class ImageProblem:
         jacobian *= np.array(chain)[:, None]
         weights = Weights(self, params, u0, times, active, exact)
         return ImageLinear(self, residual, jacobian, weights)
+
+
+def _idle(model: ReactionDiffusion, patient: Patient, day: float) -> list[str]:
+    """Name prefixes of treatments that have not begun by a day: the data cannot depend on them."""
+    begun = {d.agent for d in patient.schedule.doses if d.day < day}
+    begun |= {o.agent for o in patient.schedule.ongoing if o.start_day < day}
+    kills = [t for t in model.treatments if isinstance(t, Kill) and not begun.intersection(t.agents)]
+    jumps = [] if any(f.day < day for f in patient.schedule.fractions) else [
+        t for t in model.treatments if isinstance(t, Jump)
+    ]
+    return [f"{t.name}." for t in (*kills, *jumps)]
 
 
 def _slope(parameter: Parameter, z: float) -> float:
