@@ -49,7 +49,7 @@ class Domain:
 
     mask: np.ndarray
     spacing: tuple[float, float, float]
-    affine: np.ndarray | None = None
+    affine: np.ndarray = None  # type: ignore[assignment]  # filled in when the object is made
     tissues: Mapping[str, np.ndarray] = field(default_factory=dict)
     well_mixed: bool = False
 
@@ -125,7 +125,7 @@ class Domain:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of voxels (z, y, x)."""
-        return self.mask.shape  # type: ignore[return-value]
+        return self.mask.shape
 
     @property
     def voxel_volume(self) -> float:

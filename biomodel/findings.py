@@ -84,7 +84,7 @@ class Findings:
 
     def summary(self) -> str:
         """Return one line that counts the findings."""
-        counts = Counter(item.severity for item in self.items)
+        counts: Counter[str] = Counter(item.severity for item in self.items)
         parts = [f"{counts[kind]} {kind if counts[kind] == 1 else plural}" for kind, plural in _PLURALS.items()]
         subject = "1 patient" if self.patients == 1 else f"{self.patients} patients"
         return f"{self.folder}: {subject} checked; {', '.join(parts)}."

@@ -218,7 +218,7 @@ def _treatments(schedule: Schedule, visits: list[Visit], name: str) -> Iterator[
         yield _finding("warning", name, message, "Check that this is the dose of one fraction (radiosurgery).")
     if not visits or not len(schedule):
         return
-    days = [entry.day for entry in (*schedule.doses, *schedule.fractions)]
+    days = [dose.day for dose in schedule.doses] + [fraction.day for fraction in schedule.fractions]
     if days and (min(days) < visits[0].day - 365 or max(days) > visits[-1].day + 730):
         message = (
             f"Treatments from day {min(days):g} to {max(days):g}, visits from {visits[0].day:g} to {visits[-1].day:g}."

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from biomodel import records
 from biomodel.cohort import Cohort
 from biomodel.domain import Domain
-from biomodel.errors import InputError, TumorcastError
+from biomodel.errors import InputError, TumorcastError, UnitError
 from biomodel.findings import Finding, Findings, Step, from_error
 from biomodel.identification import identification
 from biomodel.imaging.nifti import read_image, resample
 from biomodel.manifest import load_json, load_outcome, problems
+from biomodel.patient import Patient
 from biomodel.plausibility import plausibility
 from biomodel.schedule import Schedule
 from biomodel.schema import PatientManifest, VisitRecord
@@ -31,6 +32,7 @@ from biomodel.visit import Visit, check_order, check_visit
 
 __all__ = ["Finding", "Findings", "check", "resample"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _MAPS = ("region", "adc", "drug_map")
@@ -87,7 +89,7 @@ def check(folder: str | os.PathLike[str]) -> Findings:
 def _check_patient(folder: Path) -> _Patient:
     seen = _Patient()
     manifest_path = folder / "patient.json"
-    data = _attempt(seen, "schema", manifest_path.name, lambda: load_json(manifest_path))
+    data = _attempt(seen, "schema", manifest_path.name, load_json, manifest_path)
     if data is None:
         return seen
     manifest = _check_schema(seen, data, folder, manifest_path.name)
@@ -102,9 +104,11 @@ def _check_patient(folder: Path) -> _Patient:
     return seen
 
 
-def _attempt(seen: _Patient, step: Step, file: str, action: Callable[[], T]) -> T | None:
+def _attempt(
+    seen: _Patient, step: Step, file: str, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T | None:
     try:
-        return action()
+        return action(*args, **kwargs)
     except TumorcastError as error:
         seen.items.append(from_error(error, step, file))
         return None
@@ -117,18 +121,33 @@ def _check_schema(seen: _Patient, data: object, folder: Path, name: str) -> Pati
         for line in problems(error, PatientManifest, name):
             seen.items.append(from_error(InputError(line), "schema", name))
         return None
-    _attempt(seen, "schema", "outcome.json", lambda: load_outcome(manifest, folder, name))
+    _attempt(seen, "schema", "outcome.json", load_outcome, manifest, folder, name)
     return manifest
 
 
 def _check_contents(seen: _Patient, manifest: PatientManifest, folder: Path, name: str) -> None:
     """Run the second and third step on as much as can be read."""
-    settings = _attempt(seen, "geometry", name, lambda: records.cellularity_settings(manifest.cellularity, name))
-    _attempt(seen, "geometry", name, lambda: records.volume_settings(manifest.volumes, name))
-    domain = _attempt(seen, "geometry", _mask_of(manifest, name), lambda: records.read_domain(manifest, folder, name))
+    settings = _attempt(seen, "geometry", name, records.cellularity_settings, manifest.cellularity, name)
+    volumes = _attempt(seen, "geometry", name, records.volume_settings, manifest.volumes, name)
+    domain = _attempt(seen, "geometry", _mask_of(manifest, name), records.read_domain, manifest, folder, name)
     visits = _read_visits(seen, manifest, domain, folder, name)
     schedule = _read_schedule(seen, manifest, name)
     files = {number: _files(record, name) for number, record in enumerate(manifest.visits, start=1)}
+    if domain is not None and not any(item.severity == "error" for item in seen.items):
+        # What is left to refuse is told here, so that a folder without errors can be read.
+        _attempt(
+            seen,
+            "schema",
+            name,
+            Patient,
+            id=manifest.id,
+            organ=manifest.organ,
+            domain=domain,
+            visits=tuple(visits),
+            schedule=schedule,
+            cellularity=settings,
+            volumes=volumes,
+        )
     seen.items.extend(plausibility(manifest, domain, visits, schedule, settings, files, name))
     seen.items.extend(_duplicated_scans(seen, visits, files))
     measured = [(visit.day, visit.volume) for visit in visits if visit.volume is not None]
@@ -146,16 +165,16 @@ def _files(record: VisitRecord, name: str) -> dict[str, str]:
 def _read_visits(
     seen: _Patient, manifest: PatientManifest, domain: Domain | None, folder: Path, name: str
 ) -> list[Visit]:
-    baseline = records.baseline_of(manifest)
+    baseline = _attempt(seen, "schema", name, records.baseline_of, manifest, name)
     visits: list[Visit] = []
     before: float | None = None
     for number, record in enumerate(manifest.visits, start=1):
         where = f"{name}: visit {number}"
-        day = _attempt(seen, "schema", name, lambda r=record, w=where: records.day_of(r, baseline, w))
+        day = _attempt(seen, "schema", name, records.day_of, record, baseline, where)
         if day is None:
             continue
         if before is not None:
-            _attempt(seen, "plausibility", name, lambda b=before, d=day, n=number: check_order(b, d, n, name))
+            _attempt(seen, "plausibility", name, check_order, before, day, number, name)
         before = day
         if domain is None:
             _read_alone(seen, record, folder, where)
@@ -172,7 +191,7 @@ def _read_alone(seen: _Patient, record: VisitRecord, folder: Path, where: str) -
         source = getattr(record, kind)
         if source is not None:
             place = f"{where}, {kind} ({source.file})"
-            _attempt(seen, "geometry", source.file, lambda s=source, p=place: read_image(folder / s.file, p))
+            _attempt(seen, "geometry", source.file, read_image, folder / source.file, place)
 
 
 def _read_parts(
@@ -195,23 +214,18 @@ def _read_parts(
             update={other: None for other in (*_MAPS, "volume", "longest_diameter", "acquisition") if other != kind}
         )
         part = _attempt(
-            seen,
-            "geometry",
-            source.file,
-            lambda a=alone: records.read_visit(a, number, day, domain, manifest, folder, name),
+            seen, "geometry", source.file, records.read_visit, alone, number, day, domain, manifest, folder, name
         )
         parts[kind] = None if part is None else getattr(part, kind)
     rest = record.model_copy(update={kind: None for kind in _MAPS})
-    visit = _attempt(
-        seen, "geometry", name, lambda: records.read_visit(rest, number, day, domain, manifest, folder, name)
-    )
+    visit = _attempt(seen, "geometry", name, records.read_visit, rest, number, day, domain, manifest, folder, name)
     if visit is None:
         return None
-    whole = replace(visit, **parts)
+    whole = replace(visit, adc=parts.get("adc"), region=parts.get("region"), drug_map=parts.get("drug_map"))
     if len(parts) > 1:
         files = _files(record, name)
         places = {kind: f"{name}: visit {number}, {kind} ({files[kind]})" for kind in _MAPS}
-        _attempt(seen, "geometry", files["adc"], lambda: check_visit(whole, domain, places))
+        _attempt(seen, "geometry", files["adc"], check_visit, whole, domain, places)
     return whole
 
 
@@ -224,7 +238,8 @@ def _read_schedule(seen: _Patient, manifest: PatientManifest, name: str) -> Sche
             schedule = schedule + records.read_schedule(one, name)
         except InputError as error:
             told = type(error)(str(error).replace("treatment 1", f"treatment {number}", 1))
-            seen.items.append(from_error(told, "plausibility", name))
+            step: Step = "geometry" if isinstance(error, UnitError) else "plausibility"
+            seen.items.append(from_error(told, step, name))
     return schedule
 
 

@@ -61,7 +61,7 @@ def read_patient(path: str | os.PathLike[str]) -> Patient:
             volumes=volume_settings(manifest.volumes, name),
             clinical=_held(manifest.clinical),
             outcome=None if outcome is None else _held(outcome),
-            baseline=baseline_of(manifest),
+            baseline=baseline_of(manifest, name),
             notes=tuple(manifest.notes),
         )
     except TumorcastError as error:
@@ -72,9 +72,18 @@ def _held(record: Clinical | Outcome | Acquisition | None) -> dict[str, object]:
     return {} if record is None else record.model_dump(exclude_none=True, exclude={"schema_"})
 
 
-def baseline_of(manifest: PatientManifest) -> str | None:
-    """Return the date of day 0: the stated one, or the first visit's."""
-    return manifest.baseline or manifest.visits[0].date
+def baseline_of(manifest: PatientManifest, name: str) -> str | None:
+    """Return the date of day 0: the stated one, or the first visit's.
+
+    Raises
+    ------
+    InputError
+        If it is no date.
+    """
+    baseline = manifest.baseline or manifest.visits[0].date
+    if baseline is not None:
+        _moment(baseline, f"{name}: baseline")
+    return baseline
 
 
 def _moment(text: str, where: str) -> datetime:
@@ -112,9 +121,7 @@ def visit_days(manifest: PatientManifest, name: str) -> list[float]:
     InputError
         If days do not grow from visit to visit.
     """
-    baseline = baseline_of(manifest)
-    if baseline is not None:
-        _moment(baseline, f"{name}: baseline")
+    baseline = baseline_of(manifest, name)
     days = [day_of(record, baseline, f"{name}: visit {n}") for n, record in enumerate(manifest.visits, start=1)]
     for number in range(2, len(days) + 1):
         check_order(days[number - 2], days[number - 1], number, name)
@@ -166,7 +173,7 @@ def read_schedule(manifest: PatientManifest, name: str) -> Schedule:
     InputError
         If a dose is negative or absurd, or a date is none.
     """
-    baseline = baseline_of(manifest)
+    baseline = baseline_of(manifest, name)
     doses: list[Dose] = []
     fractions: list[Fraction] = []
     ongoing: list[Ongoing] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 from biomodel.errors import InputError
 from biomodel.units import normal_dose_units
@@ -24,9 +24,9 @@ LARGEST_DAY = 36525.0
 
 
 def _check_day(day: object, what: str) -> float:
-    if isinstance(day, bool) or not isinstance(day, (int, float)) and not hasattr(day, "__float__"):
+    if isinstance(day, bool) or not isinstance(day, SupportsFloat):
         raise InputError(f"{what}: day {day!r}; expected a number of days from day 0.")
-    value = float(day)  # type: ignore[arg-type]
+    value = float(day)
     if not math.isfinite(value) or abs(value) > LARGEST_DAY:
         raise InputError(f"{what}: day {value:g}; expected a number of days from day 0. Check the day or the date.")
     return value
@@ -90,8 +90,8 @@ class Dose:
             )
         if amount > LARGEST_DOSE[units]:
             raise InputError(
-                f"{what}: amount {amount:g} {units}; expected at most {LARGEST_DOSE[units]:g} {units}. Check the amount "
-                "and its units."
+                f"{what}: amount {amount:g} {units}; expected at most {LARGEST_DOSE[units]:g} {units}. Check the "
+                "amount and its units."
             )
         object.__setattr__(self, "day", day)
         object.__setattr__(self, "amount", amount)
@@ -203,8 +203,8 @@ class Schedule:
         for dose in doses:
             if units.setdefault(dose.agent, dose.units) != dose.units:
                 raise InputError(
-                    f"schedule: {dose.agent} is dosed in {units[dose.agent]} and, on day {dose.day:g}, in {dose.units}; "
-                    "expected one kind of units for each agent. Convert the amounts."
+                    f"schedule: {dose.agent} is dosed in {units[dose.agent]} and, on day {dose.day:g}, in "
+                    f"{dose.units}; expected one kind of units for each agent. Convert the amounts."
                 )
         object.__setattr__(self, "doses", doses)
         object.__setattr__(self, "fractions", fractions)
@@ -232,7 +232,8 @@ class Schedule:
     @property
     def given_only(self) -> bool:
         """Whether nothing in a record with treatments is marked planned (true also when there are no treatments)."""
-        return all(entry.status == "given" for entry in (*self.doses, *self.fractions, *self.ongoing))
+        kinds: tuple[tuple[Dose | Fraction | Ongoing, ...], ...] = (self.doses, self.fractions, self.ongoing)
+        return all(entry.status == "given" for kind in kinds for entry in kind)
 
     def of(self, agent: str) -> tuple[Dose, ...]:
         """Return the doses of `agent`, by day."""

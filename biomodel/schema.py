@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 
 __all__ = ["MODELS", "CohortManifest", "Outcome", "PatientManifest", "json_schemas"]
 
@@ -23,7 +24,7 @@ Agent = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"
 Tissue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Status = Literal["given", "planned"]
 
-_ONE_TIME = {"oneOf": [{"required": ["day"]}, {"required": ["date"]}]}
+_ONE_TIME: JsonDict = {"oneOf": [{"required": ["day"]}, {"required": ["date"]}]}
 
 
 class Strict(BaseModel):
@@ -264,33 +265,12 @@ def json_schemas() -> dict[str, str]:
     texts = {}
     for name, model in MODELS.items():
         schema = model.model_json_schema(by_alias=True)
-        schema = {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            "$id": f"tumorcast/{name}/v1",
-            **_without_field_titles(schema),
-        }
-        texts[name] = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        for part in (schema, *schema.get("$defs", {}).values()):
+            for field in part.get("properties", {}).values():
+                field.pop("title", None)  # pydantic repeats each field's name as a title, which says nothing
+        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"tumorcast/{name}/v1"}
+        texts[name] = json.dumps(head | schema, indent=2, ensure_ascii=False) + "\n"
     return texts
-
-
-def _without_field_titles(node: object) -> object:
-    # pydantic repeats each field's name as a title, which says nothing.
-    if isinstance(node, list):
-        return [_without_field_titles(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    kept = {}
-    for key, value in node.items():
-        if key == "properties" and isinstance(value, dict):
-            kept[key] = {
-                name: _without_field_titles(
-                    {k: v for k, v in field.items() if k != "title"} if isinstance(field, dict) else field
-                )
-                for name, field in value.items()
-            }
-        else:
-            kept[key] = _without_field_titles(value)
-    return kept
 
 
 def _outdated(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -1,7 +1,7 @@
 """Units, read, checked and converted once: where data enter the package.
 
-Inside, quantities are plain numbers in mm, day, mm²/day, 1/day, Gy, mm²/s (ADC), cm³ (volumes) and mm (diameters). A unit is
-never guessed from a value, and a missing one is an error.
+Inside, quantities are plain numbers in mm, day, mm²/day, 1/day, Gy, mm²/s (ADC), cm³ (volumes) and mm (diameters). A
+unit is never guessed from a value, and a missing one is an error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from biomodel.errors import UnitError
 
 __all__ = ["convert", "factor", "normal_dose_units", "pretty", "registry"]
 
-registry = pint.UnitRegistry()
-# Carboplatin is dosed by the area under its concentration curve, in mg/mL·min (Calvert 1989, 10.1200/JCO.1989.7.11.1748).
+registry: pint.UnitRegistry = pint.UnitRegistry()
+# Carboplatin is dosed by the area under its concentration curve, in mg/mL·min (Calvert et al. 1989,
+# 10.1200/JCO.1989.7.11.1748).
 registry.define("AUC = milligram / milliliter * minute")
 
 Number = TypeVar("Number", float, np.ndarray)

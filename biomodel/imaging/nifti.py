@@ -15,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import logger
 from nibabel.spatialimages import HeaderDataError
 
 from biomodel.domain import Domain
@@ -124,7 +125,7 @@ def read_image(
     image = Image(
         values=values,
         affine=affine,
-        spacing=spacing,  # type: ignore[arg-type]
+        spacing=spacing,
         length_units=length_units(source.header),
         oriented=int(source.header["sform_code"]) > 0 or int(source.header["qform_code"]) > 0,
     )
@@ -146,7 +147,12 @@ def open_nifti(path: str | os.PathLike[str]) -> nib.Nifti1Image:
         with gzip.open(path) as stream:
             while stream.read(1 << 22):
                 pass
-    image = nib.load(path)
+    quiet = logger.disabled
+    logger.disabled = True  # nibabel tells on standard error which odd header fields it overlooked
+    try:
+        image = nib.load(path)
+    finally:
+        logger.disabled = quiet
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise ImageFileError(f"it is a {type(image).__name__}")
     return image
@@ -265,13 +271,13 @@ def write_image(path: str | os.PathLike[str], values: np.ndarray, affine: np.nda
         If the file cannot be written.
     """
     values = np.asarray(values)
+    stored = values
     if values.dtype == bool:
         stored = values.astype(np.uint8)
     elif values.dtype.kind == "f":
         single = values.astype(np.float32)
-        stored = single if np.array_equal(single.astype(values.dtype), values, equal_nan=True) else values
-    else:
-        stored = values
+        if np.array_equal(single.astype(values.dtype), values, equal_nan=True):
+            stored = single
     image = nib.Nifti1Image(np.ascontiguousarray(stored.transpose(2, 1, 0)), np.asarray(affine, float))
     image.header.set_xyzt_units("mm")
     image.header.set_sform(affine, code="scanner")
