@@ -1,0 +1,278 @@
+"""The command ``tumorcast``.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once. Errors become
+messages in :mod:`biomodel.cli_group`, which also brings in the commands of other packages.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from biomodel.cli_group import CommandGroup, run
+from biomodel.cli_show import console, steps
+from biomodel.errors import OutputError
+
+if TYPE_CHECKING:
+    from biomodel.cli_forecast import Outcome
+    from biomodel.findings import Findings
+    from biomodel.patient import Patient
+
+__all__ = ["app", "main"]
+
+#: Blank lines keep their place in the help; single line breaks do not.
+EXIT_CODES = "\n\n".join(
+    (
+        "Exit codes:",
+        "0 done",
+        "1 unexpected failure (a bug: please report it)",
+        "2 wrong command line",
+        "3 bad input",
+        "4 the calculation failed, or a package it needs is not installed",
+        "5 the output could not be written",
+        "130 interrupted (Ctrl-C)",
+    )
+)
+
+#: What a result folder holds. A folder with anything else in it is never replaced.
+RESULT_FILES = frozenset({"report.html", "report.pdf", "forecast.nc", "summary.json"})
+
+app = typer.Typer(
+    name="tumorcast",
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(version("tumorcast"))
+        except PackageNotFoundError:
+            typer.echo("unknown: the package is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Forecast how one patient's tumour responds to treatment, with its uncertainty, from scans at a few visits.
+
+    Try it:
+
+    tumorcast virtual --out example --seed 7
+
+    tumorcast forecast example --out result
+    """
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example:\n\ntumorcast validate P014")
+def validate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Patient folder, or a cohort of them.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check a patient folder: schema, geometry and units, plausibility, identifying information.
+
+    Ends with 0 if the folder can be used (there may be warnings) and with 3 if it cannot.
+    """
+    from biomodel.quality import check
+
+    findings = check(folder)
+    if json:
+        typer.echo(findings.to_json())
+    elif len(findings):
+        console().print(findings)
+    else:
+        typer.echo(findings.summary())
+    raise typer.Exit(findings.exit_code)
+
+
+@app.command(epilog="Example:\n\ntumorcast forecast P014 --calibrate-on 2 --draws 200 --seed 0 --out result")
+def forecast(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Patient folder with its patient.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="OUT", help="Folder to write; a previous result there is replaced.")
+    ],
+    calibrate_on: Annotated[
+        int, typer.Option("--calibrate-on", metavar="K", help="Use visits 1 to K; nothing later is looked at.")
+    ] = 2,
+    draws: Annotated[int, typer.Option(min=1, help="Draws from the posterior.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
+    until: Annotated[
+        float | None, typer.Option(metavar="DAY", help="Forecast up to this day; by default the last visit.")
+    ] = None,
+    what_if: Annotated[
+        bool, typer.Option("--what-if/--no-what-if", help="Compare with no further treatment after visit K.")
+    ] = True,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AGENT", help="Compare with the plan without further doses of AGENT; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    pdf: Annotated[bool, typer.Option("--pdf/--no-pdf", help="Write the report as PDF, too.")] = True,
+) -> None:
+    """Calibrate on the first visits, forecast the later ones, score what was then seen, write a report.
+
+    OUT gets report.html, report.pdf, forecast.nc and summary.json, all of them or none.
+    """
+    _check_device(device)
+    with steps() as shown:
+        shown.say("Reading the patient")
+        from biomodel import cli_forecast as job
+        from biomodel.patient import Patient
+        from biomodel.quality import check
+
+        patient = Patient.read(folder)
+        known = patient.until(visit=calibrate_on)
+        days = job.days_of(patient, known, until)
+        plans = job.plans_of(known, what_if, without or [])
+        _check_result_folder(out)
+        outcome = job.run(known, patient, days, plans, draws=draws, seed=seed, device=device, steps=shown)
+        shown.say("Writing the report")
+        _write(out, outcome, patient, check(folder), pdf)
+    for table in job.tables(outcome, patient):
+        console().print(table)
+    for note in outcome.forecast.notes:
+        typer.echo(f"Note: {note}")
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+@app.command(epilog="Example:\n\ntumorcast report result")
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Result folder written by 'tumorcast forecast'.")],
+    pdf: Annotated[bool, typer.Option("--pdf/--no-pdf", help="Write the report as PDF, too.")] = True,
+) -> None:
+    """Write the report of a result folder anew, from its forecast.nc and summary.json."""
+    from biomodel.report import Report
+
+    page = Report.from_folder(out)
+    page.save(out / "report.html")
+    if pdf:
+        page.save(out / "report.pdf")
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+@app.command(epilog="Example:\n\ntumorcast virtual --out example --seed 7")
+def virtual(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Patient folder to make; it must not exist.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same patient.")] = 7,
+    mismatched: Annotated[
+        bool, typer.Option("--mismatched", help="Add physics and errors that the fitted model lacks.")
+    ] = False,
+    small: Annotated[bool, typer.Option("--small", help="24 × 24 × 24 voxels, for quick trials.")] = False,
+) -> None:
+    """Make a virtual patient whose truth is known, written to disk as a real one would be."""
+    _check_new(out)
+    with steps() as shown:
+        shown.say("Growing a virtual tumour")
+        from biomodel.files import atomic_folder
+        from biomodel.virtual import Matched, Mismatched, small_patient, virtual_patient
+
+        truth = Mismatched() if mismatched else Matched()
+        made = small_patient(seed, truth) if small else virtual_patient(seed, truth)
+        # The truth is written after the patient, so one folder around both makes them appear together.
+        with atomic_folder(out) as temporary:
+            made.write(temporary)
+    typer.echo(f"Virtual patient: {out}")
+
+
+@app.command(epilog="Example:\n\ntumorcast resample adc.nii.gz --like mask.nii.gz --out new_adc.nii.gz")
+def resample(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="NIfTI file to bring onto another grid.")],
+    like: Annotated[Path, typer.Option("--like", metavar="MASK", help="NIfTI file whose grid is wanted.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="NIfTI file to write; it must not exist.")],
+) -> None:
+    """Bring an image onto the grid of another by their positions in the patient (nothing is registered).
+
+    Maps are interpolated linearly, masks by the nearest voxel.
+    """
+    from biomodel.quality import resample as bring
+
+    if out.exists():
+        raise OutputError(f"{out}: exists already and is left as it is. Choose another name or remove it first.")
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise typer.BadParameter(f"{out.name} must end in .nii or .nii.gz", param_hint="--out")
+    bring(image, like, out)
+    typer.echo(f"Resampled: {out}")
+
+
+# --- checks before anything is computed ------------------------------------------------------------------------------
+
+
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (_ and not number.isdigit()):
+        raise typer.BadParameter(f"{device!r} is not a device; use cpu, cuda or cuda:N", param_hint="--device")
+
+
+def _check_writable(out: Path) -> None:
+    """Tell before a long calculation what would fail at its end."""
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{out}: {parent} is a file, not a folder. Choose another output path.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{out}: you may not write in {parent}. Choose another output folder or change its permissions."
+        )
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out}: exists already and is left as it is. Choose another folder or remove it first.")
+    _check_writable(out)
+
+
+def _check_result_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; expected a folder. Choose another output path.")
+    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in held if name not in RESULT_FILES]
+    if foreign or (held and "summary.json" not in held):
+        shown = ", ".join((foreign or held)[:4]) + (", ..." if len(foreign or held) > 4 else "")
+        raise OutputError(
+            f"{out}: holds {shown}, so it is not a result of this command alone and is left as it is. Choose another "
+            "folder for --out, or move these files away."
+        )
+    _check_writable(out)
+
+
+# --- the result folder ------------------------------------------------------------------------------------------------
+
+
+def _write(out: Path, outcome: Outcome, patient: Patient, findings: Findings, pdf: bool) -> None:
+    """Write all files of a result, or none."""
+    from biomodel.files import atomic_folder
+    from biomodel.report import report as page
+
+    with atomic_folder(out, overwrite=True, marker="summary.json") as temporary:
+        outcome.forecast.write(temporary)
+        made = page(outcome.forecast, observed=patient, what_if=list(outcome.what_if))
+        made.save(temporary / "report.html")
+        if pdf:
+            made.save(temporary / "report.pdf")
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()
