@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +14,6 @@ from biomodel.calibration.fit import Fit
 from biomodel.calibration.images import InitialState, computing_box, field_maps
 from biomodel.calibration.volumes import CAPACITY, VOLUME, VolumeProblem
 from biomodel.errors import InputError, SolverError
-from biomodel.files import atomic_write
 from biomodel.observation import Seen, longest_diameter, observe
 from biomodel.patient import Patient
 from biomodel.schedule import Schedule
@@ -68,47 +63,6 @@ class Forecast:
     def draws(self) -> int:
         return self.data.sizes["draw"]
 
-    def summary(self) -> dict[str, object]:
-        """Everything but the maps, in plain numbers: quantiles, parameters, provenance. No clock, no path."""
-        levels = [0.05, 0.25, 0.5, 0.75, 0.95]
-        quantities: dict[str, object] = {}
-        for name in ("volume", "measured_volume", "cells", "longest_diameter"):
-            if name in self.data:
-                q = self.data[name].quantile(levels, "draw").values
-                quantities[name] = {
-                    "units": self.data[name].attrs["units"],
-                    "quantiles": [{"day": float(t), **{f"{level:g}": _plain(v) for level, v in zip(levels, q[:, i],
-                                                                                                strict=True)}}
-                                  for i, t in enumerate(self.times)],
-                }  # fmt: skip
-        return {
-            "schema": "tumorcast/summary/v1",
-            "patient": self.fit.patient.id,
-            "calibrated_until": float(self.fit.patient.visits[-1].day),
-            "calibration_visits": len(self.fit.patient.visits),
-            "draws": int(self.draws),
-            "seed": int(self.seed),
-            "forecast": quantities,
-            "parameters": [{k: _plain(v) for k, v in row.items() if k not in ("source",)} for row in self.fit.table()],
-            "identified": list(self.fit.identified),
-            "log_evidence": _plain(self.fit.log_evidence),
-            "schedule": _schedule_rows(self.schedule),
-            "notes": list(self.notes),
-            "provenance": provenance(self.fit),
-        }
-
-    def write(self, folder: str | PathLike[str], extra: dict[str, object] | None = None) -> None:
-        """Write `forecast.nc` and `summary.json` into a folder; `extra` (for instance scores) joins the summary."""
-        folder = Path(folder)
-        summary = {**self.summary(), **(extra or {})}
-        tree = xr.DataTree.from_dict({"/": self.data, "/curves": self.curves})
-        with atomic_write(folder / "forecast.nc") as path:
-            tree.to_netcdf(path, engine="h5netcdf", encoding={
-                "/": {n: {"zlib": True, "complevel": 1} for n in ("cell_fraction", "probability") if n in self.data}
-            })  # fmt: skip
-        with atomic_write(folder / "summary.json") as path:
-            Path(path).write_text(json.dumps(summary, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
-
     def _repr_html_(self) -> str:
         q = self.data["volume"].quantile([0.05, 0.5, 0.95], "draw").values
         rows = "".join(
@@ -128,37 +82,6 @@ def _plain(value):
     if isinstance(value, (int, np.integer)):
         return int(value)
     return value
-
-
-def _schedule_rows(schedule: Schedule) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = [
-        {"kind": "chemotherapy", "agent": d.agent, "day": d.day, "amount": d.amount, "units": d.units, "status": d.status}
-        for d in schedule.doses
-    ]
-    rows += [{"kind": "radiotherapy", "day": f.day, "amount": f.gray, "units": "Gy", "status": f.status}
-             for f in schedule.fractions]  # fmt: skip
-    rows += [{"kind": "ongoing", "agent": o.agent, "day": o.start_day, "status": o.status} for o in schedule.ongoing]
-    return rows
-
-
-def provenance(fit: Fit) -> dict[str, object]:
-    """Model, solver, data and versions behind a result."""
-    def of(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    solver = fit.solver
-    return {
-        "model": fit.model.label,
-        "known_parameters": {n: _plain(p.typical) for n, p in fit.model.parameters.items() if p.fixed},
-        "method": fit.method,
-        "solver": {"name": type(solver).__name__, "rtol": solver.rtol, "dtype": str(solver.dtype).removeprefix("torch."),
-                   "device": torch.device(solver.device).type},
-        "patient_sha256": fit.patient.fingerprint(),
-        "versions": {n: of(n) for n in ("tumorcast", "torch", "numpy", "scipy", "xarray", "numba")},
-    }  # fmt: skip
 
 
 def forecast(
@@ -216,8 +139,7 @@ def forecast(
     data, curves, box, notes = run(fit, days, curve, draws, seed, schedule, progress)
     for axis in (data["time"], curves["day"]):
         axis.attrs.update(units="days", baseline=patient.baseline or "day 0 of the record")
-    data.attrs.update(patient=patient.id, baseline=patient.baseline or "", calibrated_until=float(last),
-                      provenance=json.dumps(provenance(fit), sort_keys=True))  # fmt: skip
+    data.attrs.update(patient=patient.id, baseline=patient.baseline or "", calibrated_until=float(last))
     return Forecast(data, curves, fit, schedule, seed, box, (*fit.notes, *notes))
 
 

@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
 
+from biomodel.summary import Summary
+
 __all__ = ["MODELS", "CohortManifest", "Outcome", "PatientManifest", "json_schemas"]
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -257,7 +259,12 @@ class CohortManifest(Strict):
 
 
 #: The model of each kind of file.
-MODELS: dict[str, type[Strict]] = {"patient": PatientManifest, "cohort": CohortManifest, "outcome": Outcome}
+MODELS: dict[str, type[BaseModel]] = {
+    "patient": PatientManifest,
+    "cohort": CohortManifest,
+    "outcome": Outcome,
+    "summary": Summary,
+}
 
 
 def json_schemas() -> dict[str, str]:
