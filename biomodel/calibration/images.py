@@ -30,8 +30,8 @@ from biomodel.solvers.torch import Simulation, TorchSolver
 from biomodel.treatments import Jump, Kill
 
 HALO = Parameter(
-    "halo", "mm", LogNormal(1.5, 0.5), (0.1, 20.0),
-    "width sqrt(D / k) of a travelling front's foot, Murray 2002, Mathematical Biology I, chapter 13",
+    "halo", "mm", LogNormal(0.7, 0.5), (0.1, 20.0),
+    "a working value: sharp edges of a tumour before treatment; up to sqrt(D / k) in the foot of a travelling front",
     "length over which cells outside the visible region fall off",
 )  # fmt: skip
 LEVEL = Parameter(

@@ -17,6 +17,32 @@ from biomodel.solvers.kernels import rkc_coefficients, rkc_stages
 from biomodel.solvers.plan import TimePlan
 
 
+def directional(function, inputs: Sequence[torch.Tensor], directions) -> list[list[torch.Tensor]]:
+    """Derivatives of `function(*inputs)` (a list of tensors) along each direction (a tensor or None per input).
+
+    A product with the transpose is linear in its cotangent, so its derivative by the cotangent is the product asked
+    for: one graph serves all directions, in plain reverse mode.
+    """
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*inputs)
+        live = [o for o in outputs if o.requires_grad]
+        cotangents = [torch.zeros_like(o, requires_grad=True) for o in live]
+        pulled = torch.autograd.grad(live, inputs, cotangents, create_graph=True, allow_unused=True) if live else []
+        found = []
+        for direction in directions:
+            pairs = [(p, d) for p, d in zip(pulled, direction, strict=bool(live)) if p is not None and d is not None]
+            pairs = [(p, d) for p, d in pairs if p.requires_grad]
+            parts: tuple = (None,) * len(live)
+            if pairs:
+                parts = torch.autograd.grad([p for p, _ in pairs], cotangents, [d for _, d in pairs], retain_graph=True,
+                                            allow_unused=True)  # fmt: skip
+            of_live = iter(parts)
+            pick = [next(of_live) if o.requires_grad else None for o in outputs]
+            found.append([torch.zeros_like(o) if m is None else m.detach() for o, m in zip(outputs, pick, strict=True)])
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """Diffuse for `h` (per batch member) in the stages of `rkc`, then react (step `reaction`, -1 for none)."""
@@ -80,13 +106,11 @@ class PointwiseReaction:
 
     def tangent(self, i, tan, u, leaves):
         tan, u = self.kernels.tensor(tan), self.kernels.tensor(u)
-        for d in range(tan.shape[0]):
-            inputs = (u, *self.leaves)
-            moves = [torch.zeros_like(x) for x in self.leaves] if leaves is None else [leaf[d] for leaf in leaves]
-            _, moved = torch.func.jvp(
-                lambda v, *rest: self.function(i, v, rest), inputs, (tan[d].clone(), *moves), strict=False
-            )
-            tan[d].copy_(moved)
+        moves = [[tan[d].clone(), *([leaf[d] for leaf in leaves] if leaves else [None] * len(self.leaves))]
+                 for d in range(tan.shape[0])]  # fmt: skip
+        moved = directional(lambda v, *rest: [self.function(i, v, rest)], [u.clone(), *self.leaves], moves)
+        for d, (change,) in enumerate(moved):
+            tan[d].copy_(change)
 
 
 class Evolution:

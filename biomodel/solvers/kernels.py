@@ -12,20 +12,44 @@ is symmetric. Padding voxels are never written.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numba
 import numpy as np
 import torch
 
-_jit = numba.njit(parallel=True, fastmath={"contract", "nsz", "arcp"}, cache=True, nogil=True, error_model="numpy")
+# Compiled without numba's own threading, which takes several times longer to compile: each kernel works on a range of
+# rows (batch member, z slab) and releases the interpreter lock, so plain threads share the rows.
+_jit = numba.njit(fastmath={"contract", "nsz", "arcp"}, cache=True, nogil=True, error_model="numpy")
+#: Fewest voxels for which a second thread pays.
+THREADED = 60_000
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tumorcast-kernel")
+
+
+def _rows(kernel, count: int, size: int, *arguments) -> None:
+    """Run a kernel over `count` rows, on several threads where the arrays are large."""
+    threads = min(torch.get_num_threads(), count) if size >= THREADED else 1
+    if threads == 1:
+        kernel(0, count, *arguments)
+        return
+    cuts = [count * t // threads for t in range(threads + 1)]
+    jobs = [_pool(threads - 1).submit(kernel, a, b, *arguments) for a, b in zip(cuts[1:-1], cuts[2:], strict=True)]
+    kernel(cuts[0], cuts[1], *arguments)
+    for job in jobs:
+        job.result()
 
 
 @_jit
-def _stage(out, y, first, second, older, p, q, r, s, c, fz, fy, fx, kind):
+def _stage(begin, end, out, y, first, second, older, p, q, r, s, c, fz, fy, fx, kind):
     # kind 0: out = r y + c L y; kind 1: p first is added; kind 2: q second and s older too. Faces repeat over the batch.
     nb, nz, ny, nx = y.shape
     nf = fz.shape[0]
-    for row in numba.prange(nb * (nz - 2)):
+    for row in range(begin, end):
         b = row // (nz - 2)
         k = row % (nz - 2) + 1
         f = b % nf
@@ -63,11 +87,11 @@ def _stage(out, y, first, second, older, p, q, r, s, c, fz, fy, fx, kind):
 
 
 @_jit
-def _add_operator(out, y, c, fz, fy, fx):
+def _add_operator(begin, end, out, y, c, fz, fy, fx):
     # out += c L y
     nb, nz, ny, nx = y.shape
     nf = fz.shape[0]
-    for row in numba.prange(nb * (nz - 2)):
+    for row in range(begin, end):
         b = row // (nz - 2)
         k = row % (nz - 2) + 1
         f = b % nf
@@ -84,11 +108,11 @@ def _add_operator(out, y, c, fz, fy, fx):
 
 
 @_jit
-def _energy(partial, y, z, fz, fy, fx):
+def _energy(begin, end, partial, y, z, fz, fy, fx):
     # partial[b, k] = <L y, z> over slab k, accumulated in float64 (by slab, so independent of the thread count)
     nb, nz, ny, nx = y.shape
     nf = fz.shape[0]
-    for row in numba.prange(nb * (nz - 2)):
+    for row in range(begin, end):
         b = row // (nz - 2)
         k = row % (nz - 2) + 1
         f = b % nf
@@ -107,11 +131,11 @@ def _energy(partial, y, z, fz, fy, fx):
 
 
 @_jit
-def _face_products(gz, gy, gx, y, z, c):
+def _face_products(begin, end, gz, gy, gx, y, z, c):
     # derivative of c <L y, z> by the faces, added to g
     nb, nz, ny, nx = y.shape
     nf = gz.shape[0]
-    for k in numba.prange(1, nz):
+    for k in range(begin + 1, end + 1):
         for b in range(nb):
             f = b % nf
             cb = c[b]
@@ -124,9 +148,9 @@ def _face_products(gz, gy, gx, y, z, c):
 
 
 @_jit
-def _bernoulli(out, u, a, b):
+def _bernoulli(begin, end, out, u, a, b):
     nb, nz, ny, nx = u.shape
-    for row in numba.prange(nb * (nz - 2)):
+    for row in range(begin, end):
         n = row // (nz - 2)
         k = row % (nz - 2) + 1
         an, bn = a[n], b[n]
@@ -137,24 +161,10 @@ def _bernoulli(out, u, a, b):
 
 
 @_jit
-def _bernoulli_slopes(slope, u, a, b):
-    # d out / d u
-    nb, nz, ny, nx = u.shape
-    for row in numba.prange(nb * (nz - 2)):
-        n = row // (nz - 2)
-        k = row % (nz - 2) + 1
-        an, bn = a[n], b[n]
-        for j in range(1, ny - 1):
-            for i in range(1, nx - 1):
-                d = 1 / (1 + bn * u[n, k, j, i])
-                slope[n, k, j, i] = an * d * d
-
-
-@_jit
-def _bernoulli_adjoint(lam, partial, u, a, b):
+def _bernoulli_adjoint(begin, end, lam, partial, u, a, b):
     # lam <- d out/d u * lam; partial[n, k] = sums of lam * (d out/d a, d out/d b)
     nb, nz, ny, nx = u.shape
-    for row in numba.prange(nb * (nz - 2)):
+    for row in range(begin, end):
         n = row // (nz - 2)
         k = row % (nz - 2) + 1
         an, bn = a[n], b[n]
@@ -176,10 +186,10 @@ def _bernoulli_adjoint(lam, partial, u, a, b):
 
 
 @_jit
-def _bernoulli_tangent(tan, u, a, b, da, db):
+def _bernoulli_tangent(begin, end, tan, u, a, b, da, db):
     # tan (directions, batch, ...) <- d out/d u tan + d out/d a da + d out/d b db
     nd, nb, nz, ny, nx = tan.shape
-    for row in numba.prange(nb * (nz - 2)):
+    for row in range(begin, end):
         n = row // (nz - 2)
         k = row % (nz - 2) + 1
         an, bn = a[n], b[n]
@@ -230,6 +240,10 @@ def rkc_stages(radius: float) -> int:
     return stages if rkc_bound(stages) >= radius else stages + 1
 
 
+def _count(y: np.ndarray) -> int:
+    return y.shape[0] * (y.shape[1] - 2)
+
+
 class NumbaKernels:
     """Fused kernels on CPU arrays (numpy views of torch tensors)."""
 
@@ -237,8 +251,8 @@ class NumbaKernels:
     def stage(out, y, first, second, older, coefficients, c, faces):
         p, q, r, s = (y.dtype.type(v) for v in coefficients)
         kind = 0 if first is None else (1 if older is None else 2)
-        _stage(out, y, y if first is None else first, y if second is None else second, y if older is None else older,
-               p, q, r, s, c, *faces, kind)  # fmt: skip
+        _rows(_stage, _count(y), y.size, out, y, y if first is None else first, y if second is None else second,
+              y if older is None else older, p, q, r, s, c, *faces, kind)  # fmt: skip
 
     @staticmethod
     def array(tensor: torch.Tensor) -> np.ndarray:
@@ -247,22 +261,33 @@ class NumbaKernels:
 
     tensor = staticmethod(torch.from_numpy)
 
-    add_operator = staticmethod(lambda out, y, c, faces: _add_operator(out, y, c, *faces))
-    face_products = staticmethod(lambda grad, y, z, c: _face_products(*grad, y, z, c))
-    bernoulli = staticmethod(_bernoulli)
-    bernoulli_tangent = staticmethod(_bernoulli_tangent)
+    @staticmethod
+    def add_operator(out, y, c, faces):
+        _rows(_add_operator, _count(y), y.size, out, y, c, *faces)
+
+    @staticmethod
+    def face_products(grad, y, z, c):
+        _rows(_face_products, y.shape[1] - 1, y.size, *grad, y, z, c)
+
+    @staticmethod
+    def bernoulli(out, u, a, b):
+        _rows(_bernoulli, _count(u), u.size, out, u, a, b)
+
+    @staticmethod
+    def bernoulli_tangent(tan, u, a, b, da, db):
+        _rows(_bernoulli_tangent, _count(u), tan.size, tan, u, a, b, da, db)
 
     @staticmethod
     def energy(y, z, faces):
         """<L y, z> for each of the batch, in float64."""
         partial = np.zeros(y.shape[:2])
-        _energy(partial, y, z, *faces)
+        _rows(_energy, _count(y), y.size, partial, y, z, *faces)
         return partial.sum(1)
 
     @staticmethod
     def bernoulli_adjoint(lam, u, a, b):
         partial = np.zeros((*u.shape[:2], 2))
-        _bernoulli_adjoint(lam, partial, u, a, b)
+        _rows(_bernoulli_adjoint, _count(u), u.size, lam, partial, u, a, b)
         return partial.sum(1)
 
 

@@ -14,7 +14,7 @@ from biomodel.errors import SolverError
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
 from biomodel.solvers.base import Context, check_fields
-from biomodel.solvers.evolution import ClosedReaction, Evolution, PointwiseReaction
+from biomodel.solvers.evolution import ClosedReaction, Evolution, PointwiseReaction, directional
 from biomodel.solvers.kernels import NumbaKernels, TorchKernels
 from biomodel.solvers.plan import TimePlan, breakpoints, make_plan
 from biomodel.solvers.reaction import FLOWS, Course, TorchOps
@@ -147,7 +147,7 @@ class _Prepared:
 
     evolution: Evolution
     scale: torch.Tensor
-    faces: list[torch.Tensor] | None
+    faces: list[torch.Tensor]
     leaves: list[torch.Tensor]
 
 
@@ -440,7 +440,7 @@ class Simulation(torch.nn.Module):
         plan = self.plan(params, self._unbox(u0.detach()), times) if plan is None else plan
         prepared = self._prepare(values, batch, plan)
         padded = self._pad(u0, batch)
-        faces = prepared.faces or []
+        faces = prepared.faces
         out = _Evolve.apply(prepared.evolution, self.solver.memory, len(faces), padded, prepared.scale, *faces,
                             *prepared.leaves)  # fmt: skip
         if not math.isfinite(float(out.detach().sum())):
@@ -477,23 +477,23 @@ class Simulation(torch.nn.Module):
         prepared = self._prepare(values, batch, plan)
         d_scale = torch.zeros(len(wrt), batch, dtype=torch.float64)
         d_faces: list = [None] * len(wrt)
-        leaf_moves: list[list[torch.Tensor]] = []
-        for d, name in enumerate(wrt):
-            if name is None:
-                leaf_moves.append([torch.zeros_like(leaf) for leaf in prepared.leaves])
-                continue
-            if name not in values or values[name].ndim != 1:
+        for name in wrt:
+            if name is not None and (name not in values or values[name].ndim != 1):
                 raise SolverError(f"sensitivities: {name!r} is not a scalar parameter of this model.")
+        moving = [n for n in dict.fromkeys(wrt) if n is not None]
 
-            def moved(x, name=name):
-                return self._leaves({**values, name: x}, batch, plan)
+        def parts(*tensors):
+            leaves, scale, faces = self._leaves({**values, **dict(zip(moving, tensors, strict=True))}, batch, plan)
+            return [scale, *faces, *leaves]
 
-            _, (dleaves, dscale, dfaces) = torch.func.jvp(moved, (values[name],), (torch.ones_like(values[name]),))
-            d_scale[d] = dscale
-            if dfaces and any(bool((f != 0).any()) for f in dfaces):
-                d_faces[d] = self._arrays(dfaces)
-            leaf_moves.append(dleaves)
-        moves = [torch.stack([one[k] for one in leaf_moves]) for k in range(len(prepared.leaves))] if wrt else None
+        directions = [[torch.ones_like(values[n]) if n == name else None for n in moving] for name in wrt]
+        changes = directional(parts, [values[n] for n in moving], directions)
+        n_faces = len(prepared.faces)
+        for d, (scale, *rest) in enumerate(changes):
+            d_scale[d] = scale
+            if any(bool((f != 0).any()) for f in rest[:n_faces]):
+                d_faces[d] = self._arrays(rest[:n_faces])
+        moves = [torch.stack([one[1 + n_faces + k] for one in changes]) for k in range(len(prepared.leaves))]
         tan = torch.zeros(len(wrt), batch, *(n + 2 for n in self.mask.shape[1:]), dtype=self.solver.dtype,
                           device=self.device)  # fmt: skip
         if du0 is not None:
