@@ -72,12 +72,15 @@ class ClosedReaction:
             self.gradients[k][:, i] += sums[:, k]
 
     def tangent(self, i, tan, u, leaves):
-        """Push tangents (directions, batch, ...) through step i; `leaves` are tangents of a and b, or None."""
-        zero = np.zeros((tan.shape[0], tan.shape[1]))
-        da, db = (zero, zero) if leaves is None else (leaf[:, :, i].numpy() for leaf in leaves)
+        """Push tangents (directions, batch, ...) through step i; `leaves` are tangents of a and b."""
         like = torch.as_tensor(tan)
-        da, db = (self.kernels.array(torch.tensor(v, dtype=like.dtype, device=like.device)) for v in (da, db))
+        da, db = (self.kernels.array(leaf[:, :, i].to(like.dtype).to(like.device).contiguous()) for leaf in leaves)
         self.kernels.bernoulli_tangent(tan, u, self.a[i], self.b[i], da, db)
+
+    def slope(self, i, u):
+        """Derivative of step i by the state, voxel by voxel, at the state u before it."""
+        a, b = (torch.as_tensor(c[i]).reshape(-1, 1, 1, 1) for c in (self.a, self.b))
+        return self.kernels.array(a / (1 + b * self.kernels.tensor(u)) ** 2)
 
 
 class PointwiseReaction:
@@ -106,11 +109,16 @@ class PointwiseReaction:
 
     def tangent(self, i, tan, u, leaves):
         tan, u = self.kernels.tensor(tan), self.kernels.tensor(u)
-        moves = [[tan[d].clone(), *([leaf[d] for leaf in leaves] if leaves else [None] * len(self.leaves))]
-                 for d in range(tan.shape[0])]  # fmt: skip
+        moves = [[tan[d].clone(), *(leaf[d] for leaf in leaves)] for d in range(tan.shape[0])]
         moved = directional(lambda v, *rest: [self.function(i, v, rest)], [u.clone(), *self.leaves], moves)
         for d, (change,) in enumerate(moved):
             tan[d].copy_(change)
+
+    def slope(self, i, u):
+        with torch.enable_grad():
+            u = self.kernels.tensor(u).clone().requires_grad_()
+            out = self.function(i, u, self.leaves)
+            return self.kernels.array(torch.autograd.grad(out.sum(), u)[0])
 
 
 class Evolution:
@@ -363,24 +371,24 @@ class Evolution:
     # The run linearised in its state, about a stored trajectory ----------------------------------------------------
 
     def trajectory(self, u0) -> tuple[list, list]:
-        """Outputs, and the state before every reaction: what `push` and `pull` need."""
+        """Outputs, and the slope of every reaction: what `push` and `pull` need (the reaction acts on each voxel)."""
         u = self._copy(u0)
         outputs: list = [None] * len(self.plan.outputs)
         for k in self.initial_outputs:
             outputs[k] = self._copy(u)
-        states = []
+        slopes = []
         for op in self.operations:
             v = self._before_reaction(op, u)
             if op.reaction >= 0:
-                states.append(self._copy(v))
+                slopes.append(self.reaction.slope(op.reaction, v))
                 self.reaction.apply(op.reaction, v, u)
             elif v is not u:
                 u[...] = v
             if op.output >= 0:
                 outputs[op.output] = self._copy(u)
-        return self._fill(outputs), states
+        return self._fill(outputs), slopes
 
-    def push(self, states: list, tan) -> list:
+    def push(self, slopes: list, tan) -> list:
         """Tangents (directions, batch, ...) of the outputs for tangents of the initial state; overwrites `tan`."""
         directions = tan.shape[0]
         flat = tan.reshape(directions * self.batch, *tan.shape[2:])
@@ -391,12 +399,12 @@ class Evolution:
             if op.rkc:
                 flat[...] = self._stages(op, flat, self._buffers(flat, 4, "tangent ring"), repeat=directions)[-1]
             if op.reaction >= 0:
-                self.reaction.tangent(op.reaction, tan, states[op.reaction], None)
+                tan *= slopes[op.reaction]
             if op.output >= 0:
                 moved[op.output] = self._copy(tan)
         return [moved[self.repeated[k]] if m is None else m for k, m in enumerate(moved)]
 
-    def pull(self, states: list, cotangents: list):
+    def pull(self, slopes: list, cotangents: list):
         """Transpose of `push`: cotangents (directions, batch, ...) of the outputs to the initial state."""
         lam = self._copy(cotangents[0])
         lam[...] = 0
@@ -409,8 +417,7 @@ class Evolution:
             for cotangent in by_output.get(op.output, ()) if op.output >= 0 else ():
                 lam += cotangent
             if op.reaction >= 0:
-                # Pointwise and linear in the state: its transpose is itself.
-                self.reaction.tangent(op.reaction, lam, states[op.reaction], None)
+                lam *= slopes[op.reaction]  # its own transpose
             if op.rkc:
                 flat[...] = self._stages(op, flat, self._buffers(flat, 4, "tangent ring"), repeat=directions)[-1]
         for k in self.initial_outputs:

@@ -18,7 +18,7 @@ from biomodel.treatments import Jump, Kill
 #: 1e-9 for a piece of eight effect half-lives.
 NODES = 8
 #: Largest rate times step of one classical Runge-Kutta step, for growth laws without closed form.
-RK4_STEP = 0.1
+RK4_STEP = 0.25
 
 
 class TorchOps:
@@ -160,32 +160,35 @@ class Course:
         for m in np.flatnonzero((self.plan.step == i).any(0) & (self.plan.length > 0).any(0)):
             yield m, torch.tensor((self.plan.step[:, m] == i) & (self.plan.length[:, m] > 0))
 
-    def field_state(self, values: dict, maps: dict, t: torch.Tensor, hazard: bool) -> torch.Tensor:
-        """Kill exponent until day t (rows,) or, with `hazard`, the hazard at t; broadcasts to (batch, z, y, x)."""
-        total = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=t.device)
+    def _field_exponent(self, values: dict, maps: dict, t: torch.Tensor) -> torch.Tensor:
+        """Kill exponent accumulated until day t (rows,); broadcasts to (batch, z, y, x)."""
+        total = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         for term in self.active:
             p = self.model.of(term, values)
             if isinstance(term, Jump):
-                if not hazard:
-                    total = total + _spread(self._jumps(term, p, t[:, None])[:, 0])
-                continue
-            level, exposure = self.state(term, {k: v for k, v in p.items() if v.ndim == 1}, t[:, None])
-            c = Context(level=_spread(level[:, 0]), exposure=_spread(exposure[:, 0]),
-                        map=maps[term.map] if term.map else 1.0)  # fmt: skip
-            p = {k: _spread(v) for k, v in p.items()}
-            total = total + (term.rate(None, p, c, TorchOps) if hazard else term.cumulative(p, c, TorchOps))
+                total = total + _spread(self._jumps(term, p, t[:, None])[:, 0])
+            else:
+                c = self._contexts(term, p, maps, t[:, None])[0]
+                total = total + term.cumulative({k: _spread(v) for k, v in p.items()}, c, TorchOps)
         return total
+
+    def _contexts(self, term: Kill, p: dict, maps: dict, t: torch.Tensor) -> list[Context]:
+        """What the term reads at each of the days t (rows, m)."""
+        level, exposure = self.state(term, {k: v for k, v in p.items() if v.ndim == 1}, t)
+        drug = maps[term.map] if term.map else 1.0
+        return [Context(level=_spread(level[:, j]), exposure=_spread(exposure[:, j]), map=drug)
+                for j in range(t.shape[1])]  # fmt: skip
 
     def field_coefficients(self, i: int, values: dict, maps: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Closed-form coefficients of step i as fields."""
-        first = self.field_state(values, maps, self.edges[:, i], False)
-        last = self.field_state(values, maps, self.edges[:, i + 1], False)
+        first = self._field_exponent(values, maps, self.edges[:, i])
+        last = self._field_exponent(values, maps, self.edges[:, i + 1])
 
         def integral(function):
             total = 0.0
             for m, rows in self._pieces(i):
                 for q in range(NODES):
-                    inside = self.field_state(values, maps, self.nodes[q, :, m], False) - first
+                    inside = self._field_exponent(values, maps, self.nodes[q, :, m]) - first
                     weight = _spread(self.weights[q, :, m] * rows)
                     total = total + weight * function(_spread(self.since[q, :, m]), _spread(self.rest[q, :, m]), inside)
             return total
@@ -197,37 +200,44 @@ class Course:
     def integrate(self, i: int, u: torch.Tensor, values: dict, maps: dict) -> torch.Tensor:
         """Step i of growth and kill by classical Runge-Kutta, from breakpoint to breakpoint."""
         growth, p = self.model.growth, {k: _spread(v) for k, v in self.model.of(self.model.growth, values).items()}
-
-        def slope(v, t):
-            return growth.rate(v, p, Context(), TorchOps) - self.field_state(values, maps, t, True) * v
-
+        kills = [(t, self.model.of(t, values)) for t in self.active if isinstance(t, Kill)]
         with torch.no_grad():
-            probe = torch.tensor([0.01, 0.25, 0.5, 1.0], dtype=torch.float64, device=u.device).reshape(-1, 1, 1, 1, 1)
+            probe = torch.tensor([0.01, 0.25, 0.5, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
             fastest = float((growth.rate(probe, p, Context(), TorchOps) / probe).abs().max())
         for m, rows in self._pieces(i):
-            begin = torch.tensor(self.plan.start[:, m])
-            length = torch.tensor(self.plan.length[:, m]) * rows
-            # A fraction at the very beginning of the piece acts first.
+            begin, length = torch.tensor(self.plan.start[:, m]), torch.tensor(self.plan.length[:, m]) * rows
+            after = begin + 10 * RESOLUTION  # right after a dose or fraction at the piece's beginning
             for term in self.active:
                 if isinstance(term, Jump):
                     own = self.model.of(term, values)
-                    now = self._jumps(term, own, (begin + 10 * RESOLUTION)[:, None]) - self._jumps(
-                        term, own, begin[:, None]
-                    )
+                    now = self._jumps(term, own, after[:, None]) - self._jumps(term, own, begin[:, None])
                     u = u * _spread(torch.exp(-now[:, 0] * rows)).to(u.dtype)
             with torch.no_grad():
-                hazard = float(self.field_state(values, maps, begin + 10 * RESOLUTION, True).abs().max())
+                hazard = sum(
+                    float(self._hazard(t, own, u, self._contexts(t, own, maps, after[:, None])[0]).abs().max())
+                    for t, own in kills
+                )
             count = max(1, int(np.ceil(float(length.max()) * (fastest + hazard) / RK4_STEP)))
+            days = begin[:, None] + length[:, None] * torch.linspace(0, 1, 2 * count + 1, dtype=torch.float64)
+            days = torch.cat((after[:, None], days[:, 1:]), 1)
+            contexts = [self._contexts(t, own, maps, days) for t, own in kills]
+
+            def slope(v, j, contexts=contexts):
+                loss = sum(self._hazard(t, own, v, c[j]) for (t, own), c in zip(kills, contexts, strict=True))
+                return (growth.rate(v, p, Context(), TorchOps) - loss * v).to(v.dtype)
+
             h = _spread(length / count).to(u.dtype)
-            for j in range(count):
-                t = begin + length * (j / count) + 10 * RESOLUTION
-                middle, end = t + length / (2 * count), t + length / count - 20 * RESOLUTION
-                k1 = slope(u, t)
-                k2 = slope(u + h / 2 * k1, middle)
-                k3 = slope(u + h / 2 * k2, middle)
-                k4 = slope(u + h * k3, end)
+            for j in range(0, 2 * count, 2):
+                k1 = slope(u, j)
+                k2 = slope(u + h / 2 * k1, j + 1)
+                k3 = slope(u + h / 2 * k2, j + 1)
+                k4 = slope(u + h * k3, j + 2)
                 u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return u
+
+    @staticmethod
+    def _hazard(term: Kill, own: dict, u: torch.Tensor, c: Context) -> torch.Tensor:
+        return term.rate(u, {k: _spread(v) for k, v in own.items()}, c, TorchOps)
 
 
 def _spread(value: torch.Tensor) -> torch.Tensor:

@@ -516,15 +516,15 @@ class Simulation(torch.nn.Module):
         batch = self._batch(values, u0)
         plan = self.plan(params, self._unbox(u0), times) if plan is None else plan
         evolution = self._prepare(values, batch, plan).evolution
-        outputs, states = evolution.trajectory(self.kernels.array(self._pad(u0, batch)))
-        return Linearisation(self, evolution, outputs, states)
+        outputs, slopes = evolution.trajectory(self.kernels.array(self._pad(u0, batch)))
+        return Linearisation(self, evolution, outputs, slopes)
 
 
 class Linearisation:
     """The derivative J of the outputs by the initial state, as a linear map and its transpose."""
 
-    def __init__(self, simulation: Simulation, evolution: Evolution, outputs, states):
-        self.simulation, self.evolution, self.states = simulation, evolution, states
+    def __init__(self, simulation: Simulation, evolution: Evolution, outputs, slopes):
+        self.simulation, self.evolution, self.slopes = simulation, evolution, slopes
         self.outputs = simulation._unbox(torch.stack([torch.as_tensor(o) for o in outputs], 1)[..., 1:-1, 1:-1, 1:-1])
 
     def _in(self, x: torch.Tensor):
@@ -534,13 +534,13 @@ class Linearisation:
 
     def push(self, du0: torch.Tensor) -> torch.Tensor:
         """J du0: (directions, batch, z, y, x) to (directions, batch, T, z, y, x)."""
-        moved = self.evolution.push(self.states, self._in(du0))
+        moved = self.evolution.push(self.slopes, self._in(du0))
         return self.simulation._unbox(torch.stack([torch.as_tensor(m) for m in moved], 2)[..., 1:-1, 1:-1, 1:-1])
 
     def pull(self, cotangents: torch.Tensor) -> torch.Tensor:
         """Transpose of J: (directions, batch, T, z, y, x) to (directions, batch, z, y, x)."""
         parts = [self._in(cotangents[:, :, t]) for t in range(cotangents.shape[2])]
-        lam = torch.as_tensor(self.evolution.pull(self.states, parts))[..., 1:-1, 1:-1, 1:-1]
+        lam = torch.as_tensor(self.evolution.pull(self.slopes, parts))[..., 1:-1, 1:-1, 1:-1]
         return self.simulation._unbox(torch.where(self.simulation.mask, lam, 0.0))
 
 
