@@ -12,7 +12,7 @@ import xarray as xr
 
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.images import InitialState, computing_box, field_maps
-from biomodel.calibration.volumes import CAPACITY, VOLUME, VolumeProblem
+from biomodel.calibration.volumes import VolumeModel, measured
 from biomodel.errors import InputError, SolverError
 from biomodel.observation import Seen, longest_diameter, observe
 from biomodel.patient import Patient
@@ -264,4 +264,25 @@ def _units(data: xr.Dataset) -> None:
 
 
 def _volumes(fit, days, curve, draws, seed, schedule, progress):
-    raise NotImplementedError
+    patient = fit.patient
+    settings = patient.volumes
+    values = fit.draw(draws, seed)
+    first = float(measured(patient)[0][0])
+    days_all = np.unique(np.concatenate(([first], curve[curve >= first])))
+    course = VolumeModel(fit.model, dict(fit.parameters), [patient.replace_schedule(schedule)], days_all,
+                         np.array([settings.floor]), fit.solver)  # fmt: skip
+    z = np.stack([p.prior.to_z(values[n]) for n, p in fit.parameters.items()], 1)
+    with torch.no_grad():
+        volume = course.volumes(torch.tensor(z)).numpy()
+    rng = _noise(seed, 2)
+    noise = rng.standard_t(settings.df, (draws, len(days))) * settings.log_sd
+    at = np.searchsorted(days_all, days)
+    seen = np.maximum(np.exp(np.log(volume[:, at] + settings.floor) + noise) - settings.floor, 0.0)
+    data = xr.Dataset(
+        {"volume": (("draw", "time"), volume[:, at]), "measured_volume": (("draw", "time"), seen)},
+        coords={"draw": np.arange(draws), "time": days},
+    )
+    curves = xr.Dataset({"volume": (("draw", "day"), volume)}, coords={"draw": np.arange(draws), "day": days_all})
+    _units(data)
+    _units(curves)
+    return data, curves, None, []

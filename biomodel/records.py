@@ -160,7 +160,7 @@ def volume_settings(record: Volumes | None, name: str) -> VolumeSettings | None:
         return None
     floor = _quantity(record.floor, "cm^3", f"{name}: volumes, floor")
     try:
-        return VolumeSettings(cv=record.cv, floor=floor)
+        return VolumeSettings(cv=record.cv, floor=floor, df=record.df)
     except InputError as error:
         raise type(error)(f"{name}: {error}") from None
 
@@ -364,7 +364,8 @@ def _manifest(patient: Patient, images: dict[str, np.ndarray]) -> dict[str, obje
             "visible_fraction": settings.visible_fraction,
         }
     if patient.volumes is not None:
-        data["volumes"] = {"cv": patient.volumes.cv, "floor": _written(patient.volumes.floor, "cm^3")}
+        settings = patient.volumes
+        data["volumes"] = {"cv": settings.cv, "floor": _written(settings.floor, "cm^3"), "df": settings.df}
     data["visits"] = [_visit_data(visit, images) for visit in patient.visits]
     treatments = _treatment_data(patient.schedule)
     if treatments:

@@ -119,6 +119,8 @@ class Volumes(Strict):
     """Coefficient of variation of a repeated measurement."""
     floor: Quantity = Quantity(value=0.05, units="cm^3")
     """Volume under which nothing is seen."""
+    df: float = 8.0
+    """Degrees of freedom of the Student-t errors of log(volume + floor)."""
 
 
 class Acquisition(Strict):

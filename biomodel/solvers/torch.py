@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,6 +149,7 @@ class _Prepared:
     scale: torch.Tensor
     faces: list[torch.Tensor]
     leaves: list[torch.Tensor]
+    reaction: Callable
 
 
 class Simulation(torch.nn.Module):
@@ -183,9 +184,8 @@ class Simulation(torch.nn.Module):
             values = values[None] if values.ndim == 3 else values
             setattr(self.context, name, torch.tensor(values[inside], device=self.device))
         self.maps = {
-            t.map: torch.nn.functional.pad(getattr(self.context, t.map), (1,) * 6)
-            for t in model.treatments if isinstance(t, Kill) and t.map
-        }  # fmt: skip
+            t.map: getattr(self.context, t.map) for t in model.treatments if isinstance(t, Kill) and t.map
+        }
         self.spacing = domains[0].spacing
         self._coarse: Simulation | None = None
         self._base = None
@@ -221,30 +221,35 @@ class Simulation(torch.nn.Module):
         elif self.diffuses:
             arrays, radius = self._unit_faces()
             radius *= float(scale.detach().max())
-        growth = self.model.growth
-        if self._closed(values) and growth.flow is Flow.BERNOULLI:
+        function = self._reaction(values, plan)
+        if self._closed(values) and self.model.growth.flow is Flow.BERNOULLI:
             reaction = ClosedReaction(self.kernels, *(c.detach().to(device) for c in leaves), dtype)
-        elif self._closed(values):
-            flow = FLOWS[growth.flow]
-
-            def closed(i, u, tensors):
-                return flow(u, *(x[:, i].reshape(-1, 1, 1, 1).to(u.device, u.dtype) for x in tensors))
-
-            reaction = PointwiseReaction(self.kernels, closed, leaves)
         else:
-            names, course = self._reacting(values), Course(self.model, self.schedules, plan)
-
-            def pointwise(i, u, tensors):
-                local = {n: t if t.ndim == 1 else torch.nn.functional.pad(t, (1,) * 6)
-                         for n, t in zip(names, tensors, strict=True)}  # fmt: skip
-                if growth.flow is None:
-                    return course.integrate(i, u, local, self.maps).to(u.dtype)
-                a, b = course.field_coefficients(i, local, self.maps)
-                return FLOWS[growth.flow](u, a.to(u.dtype), b.to(u.dtype))
-
-            reaction = PointwiseReaction(self.kernels, pointwise, leaves)
+            reaction = PointwiseReaction(self.kernels, function, leaves)
         evolution = Evolution(self.kernels, plan, reaction, arrays, scale.detach(), radius)
-        return _Prepared(evolution, scale, faces, leaves)
+        return _Prepared(evolution, scale, faces, leaves, function)
+
+    def _reaction(self, values: dict, plan: TimePlan) -> Callable:
+        """The reaction of step i as a differentiable function (i, u, leaves) of torch tensors."""
+        growth = self.model.growth
+        if self._closed(values):
+            flow = FLOWS[growth.flow]
+            return lambda i, u, leaves: flow(u, *(x[:, i].reshape(-1, 1, 1, 1).to(u.device, u.dtype) for x in leaves))
+        names, course = self._reacting(values), Course(self.model, self.schedules, plan)
+
+        def pointwise(i, u, leaves):
+            # Fields and maps are on the box; the state of a diffusing run is padded by one voxel.
+            def fit(t):
+                return torch.nn.functional.pad(t, (1,) * 6) if t.ndim == 4 and t.shape[-1] < u.shape[-1] else t
+
+            local = {n: fit(t) for n, t in zip(names, leaves, strict=True)}
+            maps = {n: fit(t) for n, t in self.maps.items()}
+            if growth.flow is None:
+                return course.integrate(i, u, local, maps).to(u.dtype)
+            a, b = course.field_coefficients(i, local, maps)
+            return FLOWS[growth.flow](u, a.to(u.dtype), b.to(u.dtype))
+
+        return pointwise
 
     def _diffusion(self, values: dict, batch: int):
         """Scale and faces as differentiable tensors; faces are None where they are those of D = 1."""
@@ -439,6 +444,8 @@ class Simulation(torch.nn.Module):
         batch = self._batch(values, u0)
         plan = self.plan(params, self._unbox(u0.detach()), times) if plan is None else plan
         prepared = self._prepare(values, batch, plan)
+        if not self.diffuses:
+            return self._unbox(self._still(prepared, plan, u0.to(self.solver.dtype).expand(batch, *u0.shape[1:])))
         padded = self._pad(u0, batch)
         faces = prepared.faces
         out = _Evolve.apply(prepared.evolution, self.solver.memory, len(faces), padded, prepared.scale, *faces,
@@ -446,6 +453,17 @@ class Simulation(torch.nn.Module):
         if not math.isfinite(float(out.detach().sum())):
             raise SolverError(f"the state is not finite at {dict(params)}; the parameters are too extreme.")
         return self._unbox(out[..., 1:-1, 1:-1, 1:-1])
+
+    def _still(self, prepared: _Prepared, plan: TimePlan, u: torch.Tensor) -> torch.Tensor:
+        """A run without diffusion: every voxel for itself, by plain differentiable torch."""
+        reached = {0: u}
+        for i in range(plan.steps):
+            u = prepared.reaction(i, u, prepared.leaves)
+            reached[i + 1] = u
+        out = torch.stack([reached[n] for n in plan.outputs], 1)
+        if not math.isfinite(float(out.detach().sum())):
+            raise SolverError("the state is not finite; the parameters are too extreme.")
+        return out
 
     def _unbox(self, u: torch.Tensor) -> torch.Tensor:
         """From the box to the domain's full grid."""
