@@ -142,10 +142,11 @@ def forecast(
         days = job.days_of(patient, known, until)
         plans = job.plans_of(known, what_if, without or [])
         _check_result_folder(out)
-        outcome = job.run(known, patient, days, plans, draws=draws, seed=seed, device=device, steps=shown)
+        outcome = job.run(known, days, plans, draws=draws, seed=seed, device=device, steps=shown)
         shown.say("Writing the report")
         _write(out, outcome, patient, check(folder), pdf)
-    for table in job.tables(outcome, patient):
+    for title, table in job.tables(outcome, patient):
+        typer.echo(title)
         console().print(table)
     for note in outcome.forecast.notes:
         typer.echo(f"Note: {note}")
@@ -261,9 +262,9 @@ def _write(out: Path, outcome: Outcome, patient: Patient, findings: Findings, pd
     from biomodel.files import atomic_folder
     from biomodel.report import report as page
 
+    made = page(outcome.forecast, observed=patient, what_if=outcome.what_if, findings=findings)
     with atomic_folder(out, overwrite=True, marker="summary.json") as temporary:
-        outcome.forecast.write(temporary)
-        made = page(outcome.forecast, observed=patient, what_if=list(outcome.what_if))
+        made.results.write(temporary)
         made.save(temporary / "report.html")
         if pdf:
             made.save(temporary / "report.pdf")

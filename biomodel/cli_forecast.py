@@ -1,4 +1,4 @@
-"""The work behind ``tumorcast forecast``: calibrate, forecast, compare plans, score, write."""
+"""The work behind ``tumorcast forecast``: calibrate, forecast, compare plans, show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from biomodel.defaults import default_model, no_further_treatment, without_furth
 from biomodel.forecast import Forecast, forecast
 from biomodel.patient import Patient
 from biomodel.schedule import Schedule
-from biomodel.scoring import Score, score
 from biomodel.solvers.torch import TorchSolver
 
 __all__ = ["Outcome", "Plan", "days_of", "plans_of", "run", "tables"]
@@ -40,13 +39,10 @@ class Outcome:
         Under the patient's own plan.
     what_if
         Under other plans, by label.
-    score
-        Against what was then seen; None without a later visit that measured the tumour.
     """
 
     forecast: Forecast
     what_if: tuple[tuple[str, Forecast], ...]
-    score: Score | None
 
 
 def days_of(patient: Patient, known: Patient, until: float | None) -> list[float]:
@@ -92,7 +88,6 @@ def plans_of(known: Patient, stop: bool, without: Sequence[str]) -> tuple[Plan, 
 
 def run(
     known: Patient,
-    patient: Patient,
     days: Sequence[float],
     plans: Sequence[Plan],
     *,
@@ -101,7 +96,7 @@ def run(
     device: str,
     steps: Steps,
 ) -> Outcome:
-    """Calibrate on what is `known`, forecast under the own and the other plans, and score.
+    """Calibrate on what is `known`, and forecast under the own and the other plans.
 
     Raises
     ------
@@ -119,13 +114,11 @@ def run(
         # The comparison is of volumes; maps at all visits would only cost memory.
         other = forecast(fit, times=[days[-1]], draws=draws, seed=seed, schedule=plan.schedule, progress=steps.track)
         others.append((plan.label, other))
-    last = known.visits[-1].day
-    scored = any(last < visit.day <= days[-1] and patient.volume_of(visit) is not None for visit in patient.visits)
-    return Outcome(own, tuple(others), score(own, patient) if scored else None)
+    return Outcome(own, tuple(others))
 
 
-def tables(outcome: Outcome, patient: Patient) -> list[Table]:
-    """Return the forecast, visit by visit, and under the other plans, for a terminal."""
+def tables(outcome: Outcome, patient: Patient) -> list[tuple[str, Table]]:
+    """Return the forecast, visit by visit, and under the other plans, each with its title."""
     found = [_visits(outcome, patient)]
     if outcome.what_if:
         found.append(_plans(outcome))
@@ -142,13 +135,11 @@ def _interval(data: Forecast, day: float) -> tuple[str, str]:
     return f"{middle:.3g}", f"{low:.3g} to {high:.3g}"
 
 
-def _visits(outcome: Outcome, patient: Patient) -> Table:
+def _visits(outcome: Outcome, patient: Patient) -> tuple[str, Table]:
     known = outcome.forecast.fit.patient
     last = known.visits[-1]
-    table = Table(
-        title=f"{patient.id}: forecast from visits 1 to {last.number} (day {last.day:g}), tumour volume in cm³",
-        title_justify="left",
-    )
+    title = f"{patient.id}: tumour volume (cm³) forecast from visits 1 to {last.number} (day {last.day:g})"
+    table = Table()
     for name in ("day", "visit", "median", "90 % interval", "seen", "unchanged"):
         table.add_column(name, justify="right")
     unchanged = next((v for v in map(known.volume_of, reversed(known.visits)) if v is not None), None)
@@ -165,15 +156,15 @@ def _visits(outcome: Outcome, patient: Patient) -> Table:
             "" if seen is None else f"{seen:.3g}",
             "" if unchanged is None else f"{unchanged:.3g}",
         )
-    return table
+    return title, table
 
 
-def _plans(outcome: Outcome) -> Table:
+def _plans(outcome: Outcome) -> tuple[str, Table]:
     day = float(outcome.forecast.times[-1])
-    table = Table(title=f"What if: tumour volume on day {day:g}, cm³", title_justify="left")
+    table = Table()
     table.add_column("plan")
     for name in ("median", "90 % interval"):
         table.add_column(name, justify="right")
     for label, data in (("as planned", outcome.forecast), *outcome.what_if):
         table.add_row(label, *_interval(data, day))
-    return table
+    return f"What if: tumour volume (cm³) on day {day:g}", table
