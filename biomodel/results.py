@@ -44,13 +44,24 @@ class Results:
         At the root the predictions on the requested days: ``cell_fraction`` (draw, time, z, y, x), ``probability``,
         ``volume``, ``cells``, ``longest_diameter``. Groups: ``curves`` (volume over time, and the two baselines),
         ``parameters`` (their draws), ``observations`` (what was measured, on the same box), ``scores``, and
-        ``what_if/0``, ``what_if/1``, ... with their own ``curves``.
+        ``what_if/0``, ``what_if/1``, ... (on the last day) with their own ``curves``.
     summary : dict
         The same without the maps, in plain numbers; :class:`~biomodel.summary.Summary` is its schema.
     """
 
     tree: xr.DataTree
     summary: dict
+
+    def data(self, group: str = "/") -> xr.Dataset:
+        """Return one group of the tree with its coordinates.
+
+        Raises
+        ------
+        KeyError
+            If there is none of that name.
+        """
+        node = self.tree if group == "/" else self.tree[group]
+        return node.to_dataset()
 
     def write(self, folder: str | PathLike[str]) -> None:
         """Write ``forecast.nc`` and ``summary.json`` into a folder; earlier ones are replaced.
@@ -124,8 +135,8 @@ def results(
     observed : Patient, optional
         The whole record. Visits after the calibration that lie on the forecast's days are scored.
     what_if : sequence of (str, Forecast)
-        Label and forecast of the same fit, seed and days under other schedules. As the draws are the same, they
-        are compared one by one.
+        Label and forecast of the same fit, seed and last day under other schedules. As the draws are the same, they
+        are compared one by one, on the last day.
     findings : Findings, optional
         Of the quality check of the patient's folder.
 
@@ -142,9 +153,9 @@ def results(
         )
     for label, other in what_if:
         same = other.fit is forecast.fit and other.seed == forecast.seed
-        if not (same and np.array_equal(other.times, forecast.times)):
+        if not (same and other.times[-1] == forecast.times[-1]):
             raise InputError(
-                f"what-if '{label}': is not of the same fit, seed and days as the forecast; expected that only the "
+                f"what-if '{label}': is not of the same fit, seed and last day as the forecast; expected that only the "
                 "schedule differs. Forecast it again with the same arguments."
             )
     record = known if observed is None else observed
@@ -169,10 +180,10 @@ def _can_score(forecast: Forecast, record: Patient) -> bool:
 
 
 def _matched(other: Forecast, forecast: Forecast) -> tuple[xr.Dataset, xr.Dataset]:
-    """An alternative's datasets on the draws of the main forecast (NaN where it has none), without its maps' draws."""
+    """An alternative on its last day, and its curves, on the draws of the main forecast (NaN where it has none)."""
     draws = forecast.data["draw"]
-    data = other.data.drop_vars(["cell_fraction", "mask", "affine"], errors="ignore").reindex(draw=draws)
-    return data, other.curves.reindex(draw=draws)
+    last = other.data.isel(time=-1).drop_vars(["time", "cell_fraction", "mask", "affine"], errors="ignore")
+    return last.reindex(draw=draws), other.curves.reindex(draw=draws)
 
 
 def _observations(forecast: Forecast, record: Patient) -> tuple[list[dict[str, object]], xr.Dataset]:
@@ -268,6 +279,6 @@ def _tree(
     if scores:
         groups["/scores"] = _table(scores, "entry")
     for number, one in enumerate(alternatives):
-        groups[f"/what_if/{number}"] = one.data.assign_attrs(label=one.label)
+        groups[f"/what_if/{number}"] = one.data.assign_attrs(label=one.label, day=float(forecast.times[-1]))
         groups[f"/what_if/{number}/curves"] = one.curves
     return xr.DataTree.from_dict(groups)

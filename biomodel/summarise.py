@@ -50,8 +50,11 @@ def summarise(
         "calibration": _calibration(forecast.fit),
         "forecast": {
             "draws": int(forecast.draws), "seed": int(forecast.seed), "days": [_plain(t) for t in forecast.times],
-            "quantities": _quantities(forecast.data),
-            "none_detectable": _none_detectable(forecast.data, floor),
+            "quantities": _quantities(forecast.data, forecast.times),
+            "none_detectable": [
+                {"day": _plain(day), "probability": _none_detectable(forecast.data.isel(time=place), floor)}
+                for place, day in enumerate(forecast.times)
+            ],
         },
         "schedule": _treatments(forecast.schedule),
         "observations": observations,
@@ -98,24 +101,25 @@ def _calibration(fit: Fit) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _quantities(data: xr.Dataset) -> dict[str, object]:
+def _quantities(data: xr.Dataset, days: np.ndarray) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in QUANTITIES:
-        if name in data and np.isfinite(data[name].values).any():
-            values = np.nanquantile(data[name].transpose("draw", "time").values, LEVELS, axis=0)
-            found[name] = {
-                "units": data[name].attrs["units"],
-                "quantiles": [
-                    {"day": _plain(day), **{f"{level:g}": _plain(v) for level, v in zip(LEVELS, column, strict=True)}}
-                    for day, column in zip(data["time"].values, values.T, strict=True)
-                ],
-            }
+        if name not in data or not np.isfinite(data[name].values).any():
+            continue
+        draws = data[name].transpose("draw", ...).values.reshape(data.sizes["draw"], len(days))
+        found[name] = {
+            "units": data[name].attrs["units"],
+            "quantiles": [
+                {"day": _plain(day), **{f"{level:g}": _plain(v) for level, v in zip(LEVELS, column, strict=True)}}
+                for day, column in zip(days, np.nanquantile(draws, LEVELS, axis=0).T, strict=True)
+            ],
+        }
     return found
 
 
-def _none_detectable(data: xr.Dataset, floor: float) -> list[dict[str, object]]:
-    share = (data["volume"] < floor).where(data["volume"].notnull()).mean("draw").values
-    return [{"day": _plain(d), "probability": _plain(p)} for d, p in zip(data["time"].values, share, strict=True)]
+def _none_detectable(data: xr.Dataset, floor: float) -> object:
+    volume = data["volume"].values
+    return _plain(float(np.mean(volume[np.isfinite(volume)] < floor)))
 
 
 def _treatments(schedule: Schedule) -> list[dict[str, object]]:
@@ -132,16 +136,15 @@ def _treatments(schedule: Schedule) -> list[dict[str, object]]:
 
 
 def _alternative(one: Alternative, forecast: Forecast, floor: float) -> dict[str, object]:
-    data = one.data
-    last, main = data.isel(time=-1), forecast.data.isel(time=-1)
-    both = np.isfinite(last["volume"].values)
-    difference = (last["volume"].values - main["volume"].values)[both]
+    data, main, day = one.data, forecast.data.isel(time=-1), forecast.times[-1]
+    both = np.isfinite(data["volume"].values)
+    difference = (data["volume"].values - main["volume"].values)[both]
     fewer = None
-    if "cells" in data and np.isfinite(last["cells"].values).any():
-        fewer = _plain(float(np.mean((last["cells"].values < main["cells"].values)[both])))
+    if "cells" in data and np.isfinite(data["cells"].values).any():
+        fewer = _plain(float(np.mean((data["cells"].values < main["cells"].values)[both])))
     return {
-        "label": one.label, "day": _plain(data["time"].values[-1]), "schedule": _treatments(one.forecast.schedule),
-        "quantities": _quantities(data), "none_detectable": _none_detectable(data, floor)[-1]["probability"],
+        "label": one.label, "day": _plain(day), "schedule": _treatments(one.forecast.schedule),
+        "quantities": _quantities(data, forecast.times[-1:]), "none_detectable": _none_detectable(data, floor),
         "less_volume": _plain(float(np.mean(difference < 0))), "same_volume": _plain(float(np.mean(difference == 0))),
         "fewer_cells": fewer,
     }  # fmt: skip
