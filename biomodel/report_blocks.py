@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ __all__ = [
     "number",
     "percent",
     "pretty_units",
+    "relative_error",
     "short",
-    "signed_percent",
 ]
 
 #: Dots per inch of a picture: sharp in print at a page's width, and small enough to embed.
@@ -63,6 +63,15 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     texts: int = 1
     kind: str = "table"
+
+    def without_empty(self) -> Table:
+        """Return the table without the columns in which nothing stands."""
+        kept = [i for i in range(len(self.columns)) if i < self.texts or any(row[i] != "–" for row in self.rows)]
+        return replace(
+            self,
+            columns=tuple(self.columns[i] for i in kept),
+            rows=tuple(tuple(row[i] for i in kept) for row in self.rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -179,9 +188,17 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.0f} %"
 
 
-def signed_percent(share: float | None) -> str:
-    """Return a relative error in per cent with its sign."""
-    return "–" if share is None else f"{100 * share:+.0f} %".replace("-", "−")
+def relative_error(share: float | None) -> str:
+    """Return a relative error in per cent with its sign, or as a multiple where per cent says nothing.
+
+    Examples
+    --------
+    >>> relative_error(-0.257), relative_error(349.0)
+    ('−26 %', '× 350')
+    """
+    if share is None:
+        return "–"
+    return f"× {number(1 + share)}" if share >= 9.995 else f"{100 * share:+.0f} %".replace("-", "−")
 
 
 def pretty_units(units: str | None) -> str:

@@ -103,7 +103,7 @@ def _block(document: FPDF, block: Block) -> None:
     elif isinstance(block, Fragment):
         document.set_font(FONT, size=8.5)
         heading = {f"h{level}": TextStyle(FONT, "B", 10, t_margin=2, b_margin=1) for level in range(1, 7)}
-        document.write_html(block.html, font_family=FONT, tag_styles=heading)
+        document.write_html(block.html, font_family=FONT, tag_styles=heading, li_prefix_color=0)
         document.ln(2)
 
 

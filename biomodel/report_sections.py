@@ -16,8 +16,8 @@ from biomodel.report_blocks import (
     number,
     percent,
     pretty_units,
+    relative_error,
     short,
-    signed_percent,
 )
 from biomodel.report_words import in_words, limits, treatments
 from biomodel.results import Results
@@ -100,7 +100,7 @@ def _patient(summary: dict) -> Iterator[Block]:
         table.append(tuple(line))
     if imaged:
         columns = [*columns[:2], "images", *columns[2:], "tumour cells"]
-    yield Table("Visits", tuple(columns), tuple(table), texts=3 if imaged else 2)
+    yield Table("Visits", tuple(columns), tuple(table), texts=3 if imaged else 2).without_empty()
     yield treatments(summary["schedule"], "Treatments that the forecast assumes")
     if summary["findings"] is None:
         yield Text("No quality check of the patient's folder was run for this report.")
@@ -174,7 +174,7 @@ def _scores(summary: dict) -> Iterator[Block]:
         "better.",
         ("predictor", "day", "predicted (cm³)", "observed (cm³)", "error", "CRPS (cm³)", "in 50 %", "in 90 %"),
         tuple((r["predictor"], short(r["day"]), number(r["volume"]), number(r["observed_volume"]),
-               signed_percent(r["volume_error"]), number(r["crps"]), covered(r["covered_50"]), covered(r["covered_90"]))
+               relative_error(r["volume_error"]), number(r["crps"]), covered(r["covered_50"]), covered(r["covered_90"]))
               for r in rows),
     )  # fmt: skip
     mapped = [r for r in rows if r["dice"] is not None]
@@ -184,9 +184,9 @@ def _scores(summary: dict) -> Iterator[Block]:
             "cells and longest diameter are relative.",
             ("predictor", "day", "Dice", "CCC", "Pearson", "RMSE", "cells", "diameter"),
             tuple((r["predictor"], short(r["day"]), number(r["dice"]), number(r["ccc"]), number(r["pearson"]),
-                   number(r["rmse"]), signed_percent(r["cells_error"]), signed_percent(r["diameter_error"]))
+                   number(r["rmse"]), relative_error(r["cells_error"]), relative_error(r["diameter_error"]))
                   for r in mapped),
-        )  # fmt: skip
+        ).without_empty()  # fmt: skip
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -210,12 +210,18 @@ def _parameters(summary: dict) -> Iterator[Block]:
             f"{number(row['prior_median'])} ({interval(row['prior_low'], row['prior_high'])})",
             "–" if certain else number(row["shrinkage"], 2),
         ))  # fmt: skip
+    told = (
+        "This method gives the most likely values alone, no intervals."
+        if certain
+        else "The last column is the posterior over the prior standard deviation: 1 says that the data told nothing; "
+        "below 0.5 a parameter counts as informed by the data."
+    )
     yield Table(
-        "Calibrated parameters. The last column is the posterior over the prior standard deviation: 1 says that the "
-        "data told nothing. Below 0.5 a parameter counts as informed by the data.",
+        f"Calibrated parameters. {told}",
         ("parameter", "meaning", "informed by", "estimate", "90 % interval", "unit", "prior median (90 %)", "sd ratio"),
-        tuple(rows), texts=3,
-    )  # fmt: skip
+        tuple(rows),
+        texts=3,
+    ).without_empty()
     silent = [row["name"] for row in fit["parameters"] if row["informed_by"] == "prior" and not certain]
     if silent:
         yield Text(f"The data said next to nothing about {', '.join(silent)}; the forecast relies on the prior there.")
@@ -249,7 +255,7 @@ def _what_if(results: Results) -> Iterator[Block]:
     )
     plan = summary["forecast"]
     q = plan["quantities"]["volume"]["quantiles"][-1]
-    table = [("the plan", number(q["0.5"]), interval(q["0.05"], q["0.95"]),
+    table: list[tuple[str, ...]] = [("the plan", number(q["0.5"]), interval(q["0.05"], q["0.95"]),
               percent(plan["none_detectable"][-1]["probability"]), "–", "–", "–")]  # fmt: skip
     for place, row in enumerate(rows, start=1):
         q = row["quantities"]["volume"]["quantiles"][-1]
@@ -261,7 +267,7 @@ def _what_if(results: Results) -> Iterator[Block]:
         "volume (as where nothing is visible under both), or fewer cells.",
         ("treatment", "median (cm³)", "90 % interval", "none detectable", "less volume", "same volume", "fewer cells"),
         tuple(table),
-    )
+    ).without_empty()
     for place, row in enumerate(rows, start=1):
         yield treatments(row["schedule"], f"Treatments, {figures.letter(place)}: {row['label']}")
     yield Text("A what-if extrapolates: drugs and doses that this patient never had rest on priors alone.")

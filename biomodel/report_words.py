@@ -63,10 +63,9 @@ def in_words(summary: dict) -> str:
         at = next(q for q in quantity["quantiles"] if q["day"] == row["day"])
         place = "inside" if at["0.05"] <= row["observed_volume"] <= at["0.95"] else (
             "above" if row["observed_volume"] > at["0.95"] else "below")  # fmt: skip
-        parts.append(
-            f"On day {short(row['day'])} (visit {row['visit']}) {number(row['observed_volume'])} cm³ were measured, "
-            f"{place} the 90 % interval."
-        )
+        value = row["observed_volume"]
+        found = f"{number(value)} cm³ were measured" if value else "no tumour was seen"
+        parts.append(f"On day {short(row['day'])} (visit {row['visit']}) {found}, {place} the 90 % interval.")
         others = [f"{number(other['volume'])} cm³ ({other['predictor']})" for other in summary["scores"]
                   if other["predictor"] != "forecast" and other["visit"] == row["visit"]]  # fmt: skip
         if others:
@@ -138,7 +137,7 @@ def limits(summary: dict) -> Iterator[str]:
     if fit["visits"] <= 2:
         yield (
             f"Only {_visits(fit['visits'])} informed the fit. With so few, growth and response cannot be told apart "
-            "well, and an error shared by a whole scan can look like response."
+            "well, and an error of one whole measurement can look like response."
         )
     planned = any(row["status"] == "planned" for row in summary["schedule"])
     yield (
