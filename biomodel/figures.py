@@ -135,14 +135,30 @@ def time_course(results: Results) -> Figure:
     axes.axvline(known, color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
     axes.annotate(" forecast begins", (known, 1.0), xycoords=("data", "axes fraction"), va="top", fontsize=7,
                   color="0.3")  # fmt: skip
-    axes.set_ylim(0, 1.08 * max([*top, 1e-6]))
-    axes.set_ylabel("tumour volume (cm³)")
+    _scale_volumes(axes, max(top), summary)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     if below is not None:
         _draw_treatments(below, rows, first, last)
         below.axvline(known, color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
     _finish_days(axes, below, first, last)
     return figure
+
+
+def _scale_volumes(axes: Axes, top: float, summary: dict) -> None:
+    """From 0 to `top`; logarithmic above the detection floor where the observed volumes would be squashed."""
+    floor = summary["patient"]["detection_floor_cm3"]
+    seen = max([row["volume_cm3"] or 0.0 for row in summary["observations"]], default=0.0)
+    if top > 8 * max(seen, floor):
+        axes.set_yscale("symlog", linthresh=floor, linscale=0.4)
+        ticks = [lead * 10.0**power for power in range(-6, 7) for lead in (1, 3)]
+        ticks = [0.0, *(value for value in ticks if 1.5 * floor <= value <= 1.3 * top)]
+        axes.set_yticks(ticks, [f"{value:g}" for value in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_ylim(0, 1.3 * top)
+        axes.set_ylabel("tumour volume (cm³), logarithmic")
+    else:
+        axes.set_ylim(0, 1.08 * max(top, floor))
+        axes.set_ylabel("tumour volume (cm³)")
 
 
 def letter(place: int) -> str:
@@ -183,8 +199,7 @@ def what_if(results: Results) -> Figure:
     axes.plot(*zip(*[(d, v) for d, v in seen if v is not None] or [(np.nan, np.nan)], strict=True), "o", color="black",
               markersize=5, label="observed, used by the fit", linestyle="none")  # fmt: skip
     axes.axvline(known, color="0.35", linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.set_ylim(0, 1.08 * max(top))
-    axes.set_ylabel("tumour volume (cm³)")
+    _scale_volumes(axes, max(top), summary)
     axes.set_title("median over time", loc="left")
     end.set_title(f"day {days[-1]:g}", loc="left")
     end.set_xlim(-0.6, len(plans) - 0.2)

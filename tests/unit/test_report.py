@@ -284,6 +284,14 @@ def test_figures_leave_global_state_alone(made):
     assert dict(matplotlib.rcParams) == before and not matplotlib.pyplot.get_fignums()
 
 
+@pytest.mark.parametrize(("largest", "scale"), [(30.0, "linear"), (900.0, "symlog")])
+def test_a_wide_forecast_does_not_squash_what_was_seen(volumes, largest, scale):
+    curves = volumes.forecast.curves.copy(deep=True)
+    curves["volume"][:, -1] = largest
+    axes = time_course(results(replace(volumes.forecast, curves=curves), volumes.patient)).axes[0]
+    assert axes.get_yscale() == scale and axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > largest
+
+
 def test_maps_are_drawn_as_in_the_clinic(made):
     """The grid's x grows to the patient's right, which belongs on the left of the picture; y grows to the front."""
     cut = _cut(made.results)
