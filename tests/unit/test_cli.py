@@ -461,11 +461,13 @@ def test_a_full_standard_output(pristine):
 
 
 def test_interruption_while_writing_leaves_nothing(pristine, calculated, tmp_path, monkeypatch):
+    from biomodel.report import Report
+
     def stop(self, path):
         assert (path.parent / "forecast.nc").is_file()  # the maps are there already, in a temporary folder
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("biomodel.report.Report.save", stop)
+    monkeypatch.setattr(Report, "save", stop)
     done = forecast(pristine, tmp_path / "out")
     assert done.exit_code == 130
     assert done.output == "interrupted; nothing was written\n"
