@@ -10,4 +10,4 @@ from biomodel.schedule import Schedule
 from biomodel.scoring import score
 from biomodel.solvers.torch import TorchSolver
 from biomodel.terms import Exponential, Gompertz, Isotropic, Logistic, NoDiffusion, TissueDiffusion
-from biomodel.treatments import Chemotherapy, Radiotherapy
+from biomodel.treatments import Chemotherapy, Combination, Radiotherapy, Systemic

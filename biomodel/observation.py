@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
@@ -112,11 +113,21 @@ def observe(patient: Patient, visit: Visit) -> Seen | None:
             "adc_w and adc_min; add both (there is no default)."
         )
     adc = np.where(visit.region, visit.adc, settings.adc_w)
+    # The noise is relative to ADC. Taken from the noisy value of the voxel itself it would weigh voxels with a low
+    # error more than those with a high one, and bias every estimate; the neighbours' mean does not.
+    local = _local_mean(adc, visit.region)
     return Seen(
         visit.day,
         visit.number,
         visit.region,
         np.where(visit.region, cell_fraction(adc, settings), 0.0),
-        voxel_noise(adc, settings),
-        np.where(visit.region, shift_response(adc, settings), 0.0),
+        voxel_noise(local, settings),
+        np.where(visit.region, shift_response(local, settings), 0.0),
     )
+
+
+def _local_mean(values: np.ndarray, region: np.ndarray, width: float = 1.5) -> np.ndarray:
+    """Gaussian mean over the region's voxels around each voxel (width in voxels); unchanged outside."""
+    weight = gaussian_filter(region.astype(float), width, mode="constant")
+    total = gaussian_filter(np.where(region, values, 0.0), width, mode="constant")
+    return np.where(region, total / np.where(region, weight, 1.0), values)

@@ -1,7 +1,7 @@
 """Treatments: a continuous kill that decays after each dose, or an instantaneous survival fraction.
 
-A `Kill` sees two numbers of its agent at the current time, both in units of the reference dose: the `level` (sum over
-past doses of the impulse response) and the `exposure` (its integral). It gives the hazard, `rate`, and the exact
+A `Kill` sees two numbers of each of its agents at the current time, both in units of the reference dose: the `level`
+(sum over past doses of the impulse response) and the `exposure` (its integral). It gives the hazard, `rate`, and the exact
 exponent accumulated since treatment began, `cumulative`; a step's kill is the difference of two such values, so a
 solver may cross doses without stopping at them.
 """
@@ -47,12 +47,12 @@ class Kill(Treatment):
         """A dose in units of the reference dose."""
         return 1.0
 
-    def kinetics(self, elapsed, p, ops):
-        """Level and exposure at time `elapsed` (day, positive) after one reference dose."""
+    def kinetics(self, elapsed, p, ops, agent):
+        """Level and exposure at time `elapsed` (day, positive) after one reference dose of an agent."""
         raise NotImplementedError
 
     def rate(self, u, p, c, ops):
-        """Hazard (1/day) at the current `c.level`, `c.exposure` and drug map `c.map` (1 where there is none)."""
+        """Hazard (1/day) at the current `c.level[agent]`, `c.exposure[agent]` and drug map `c.map` (1 without one)."""
         raise NotImplementedError
 
     def cumulative(self, p, c, ops):
@@ -137,29 +137,118 @@ class Chemotherapy(Kill):
         return (*both, Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), JARRETT, "fraction not killed"))
 
     def relative_amount(self, amount: float, units: str, agent: str) -> float:
-        reference, reference_units = self.reference_dose
-        if units != reference_units:
-            raise ModelError(
-                f"{agent}: dose of {amount} {units}, but the reference dose is in {reference_units}; "
-                f"give Chemotherapy('{agent}', reference_dose=(amount, '{units}'))."
-            )
-        return amount / reference
+        return relative_dose(self.reference_dose, amount, units, agent)
 
-    def kinetics(self, elapsed, p, ops):
-        level = ops.exp(-p["decay"] * elapsed)
-        return level, (1 - level) / p["decay"]
+    def kinetics(self, elapsed, p, ops, agent):
+        return decaying(elapsed, p["decay"], ops)
 
     def rate(self, u, p, c, ops):
-        hazard = p["efficacy"] * c.level * c.map
+        (agent,) = self.agents
+        hazard = p["efficacy"] * c.level[agent] * c.map
         if self.resistant is None:
             return hazard
-        sensitive = (1 - p["resistant"]) * ops.exp(-p["efficacy"] * c.exposure * c.map)
+        sensitive = (1 - p["resistant"]) * ops.exp(-p["efficacy"] * c.exposure[agent] * c.map)
         return hazard * sensitive / (sensitive + p["resistant"])
 
     def cumulative(self, p, c, ops):
-        exponent = p["efficacy"] * c.exposure * c.map
+        (agent,) = self.agents
+        exponent = p["efficacy"] * c.exposure[agent] * c.map
         if self.resistant is None:
             return exponent
+        return -ops.log((1 - p["resistant"]) * ops.exp(-exponent) + p["resistant"])
+
+
+def relative_dose(reference: tuple[float, str], amount: float, units: str, agent: str) -> float:
+    """A dose in units of its reference dose; the units must be the same."""
+    if units != reference[1]:
+        raise ModelError(
+            f"{agent}: dose of {amount} {units}, but the reference dose is in {reference[1]}; give the reference dose "
+            f"of {agent!r} as (amount, {units!r})."
+        )
+    return amount / reference[0]
+
+
+def decaying(elapsed, decay, ops):
+    """Level and exposure of an effect that decays exponentially."""
+    level = ops.exp(-decay * elapsed)
+    return level, (1 - level) / decay
+
+
+@dataclass(frozen=True)
+class Combination(Kill):
+    """Several drugs that spare the same resistant cells.
+
+    The surviving fraction is (1 - f) exp(-sum_j efficacy_j exposure_j) + f: cells that one drug does not reach are
+    not reached by the others either, as after a course of chemotherapy that leaves a residual tumour whatever follows.
+
+    Parameters
+    ----------
+    drugs : sequence of str
+        Names of the agents in the patient's schedule.
+    efficacy : sequence of Prior or Fixed
+        Hazard per reference dose (1/day), by agent.
+    resistant : Prior or Fixed
+        The fraction f.
+    decay : Prior or Fixed
+        Decay rate of the effect of all of them (1/day).
+    reference_doses : mapping of str to (float, str), optional
+        Amount and unit of the doses that count as 1; needed for agents not in `REFERENCE_DOSES`.
+    """
+
+    drugs: tuple[str, ...] = ()
+    efficacy: tuple[Prior | Fixed, ...] = ()
+    resistant: Prior | Fixed = LogitNormal(0.05, 1.2)
+    decay: Prior | Fixed = Fixed(0.35)
+    reference_doses: tuple[tuple[float, str], ...] = ()
+    label: str = "chemotherapy"
+
+    def __post_init__(self):
+        if len(set(self.drugs)) != len(self.drugs) or not self.drugs:
+            raise ModelError(f"Combination: agents {self.drugs!r}; expected at least one name, each once.")
+        if not self.efficacy:
+            object.__setattr__(self, "efficacy", tuple(LogNormal(0.08, 0.6) for _ in self.drugs))
+        if not self.reference_doses:
+            unknown = [a for a in self.drugs if a not in REFERENCE_DOSES]
+            if unknown:
+                raise ModelError(f"Combination: no reference dose known for {', '.join(unknown)}; give reference_doses.")
+            object.__setattr__(self, "reference_doses", tuple(REFERENCE_DOSES[a] for a in self.drugs))
+        if not len(self.drugs) == len(self.efficacy) == len(self.reference_doses):
+            raise ModelError("Combination: efficacy and reference_doses need one entry per agent.")
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        return self.drugs
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        each = tuple(
+            Parameter(f"efficacy_{a}", "1/day", prior, (1e-6, 20.0), JARRETT, f"hazard per reference dose of {a}")
+            for a, prior in zip(self.drugs, self.efficacy, strict=True)
+        )
+        return (
+            *each,
+            Parameter("decay", "1/day", self.decay, (1e-4, 50.0), JARRETT, "decay of the effect after a dose"),
+            Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), JARRETT, "fraction that no agent kills"),
+        )
+
+    def relative_amount(self, amount: float, units: str, agent: str) -> float:
+        return relative_dose(self.reference_doses[self.drugs.index(agent)], amount, units, agent)
+
+    def kinetics(self, elapsed, p, ops, agent):
+        return decaying(elapsed, p["decay"], ops)
+
+    def rate(self, u, p, c, ops):
+        hazard = sum(p[f"efficacy_{a}"] * c.level[a] for a in self.drugs) * c.map
+        exponent = sum(p[f"efficacy_{a}"] * c.exposure[a] for a in self.drugs) * c.map
+        sensitive = (1 - p["resistant"]) * ops.exp(-exponent)
+        return hazard * sensitive / (sensitive + p["resistant"])
+
+    def cumulative(self, p, c, ops):
+        exponent = sum(p[f"efficacy_{a}"] * c.exposure[a] for a in self.drugs) * c.map
         return -ops.log((1 - p["resistant"]) * ops.exp(-exponent) + p["resistant"])
 
 
@@ -192,7 +281,7 @@ class Systemic(Kill):
             return first
         return (*first, Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), source, "fraction not killed"))
 
-    def kinetics(self, elapsed, p, ops):
+    def kinetics(self, elapsed, p, ops, agent):
         return 0.0 * elapsed + 1.0, elapsed
 
     rate = Chemotherapy.rate

@@ -294,7 +294,7 @@ class Evolution:
             newer, current = current, out
         return self._copy(current) if current is not lam else current
 
-    def tangents(self, u0, tan, d_scale, d_faces, leaves):
+    def tangents(self, u0, tan, d_scale, d_faces, leaves, take=None):
         """States and tangents at the outputs.
 
         Parameters
@@ -304,16 +304,19 @@ class Evolution:
             Tangents of the initial state; overwritten.
         d_scale : Tensor, shape (directions, batch)
         d_faces : list of (faces or None), by direction, or None
-        leaves : list of Tensor or None
+        leaves : list of Tensor
             Tangents (directions, ...) of the reaction's leaves.
+        take : callable, optional
+            What to keep of (output, array) instead of a copy of the whole array.
         """
+        take = take or (lambda k, x: self._copy(x))
         u = self._copy(u0)
         directions = tan.shape[0]
         flat_shape = (directions * self.batch, *tan.shape[2:])
         outputs: list = [None] * len(self.plan.outputs)
         moved: list = [None] * len(self.plan.outputs)
         for k in self.initial_outputs:
-            outputs[k], moved[k] = self._copy(u), self._copy(tan)
+            outputs[k], moved[k] = take(k, u), take(k, tan)
         scale_moves = bool((d_scale != 0).any())
         for op in self.operations:
             if op.rkc:
@@ -343,7 +346,7 @@ class Evolution:
             elif v is not u:
                 u[...] = v
             if op.output >= 0:
-                outputs[op.output], moved[op.output] = self._copy(u), self._copy(tan)
+                outputs[op.output], moved[op.output] = take(op.output, u), take(op.output, tan)
         return self._fill(outputs), [moved[self.repeated[k]] if m is None else m for k, m in enumerate(moved)]
 
     def _source(self, op: Operation, values, faces):

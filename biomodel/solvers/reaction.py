@@ -64,6 +64,24 @@ def _power(u, a, b):
 FLOWS = {Flow.BERNOULLI: _bernoulli, Flow.POWER: _power}
 
 
+def _events(term, agent: str, schedule: Schedule) -> list[tuple[float, float]]:
+    """Days and relative amounts of one agent, or of the fractions."""
+    if isinstance(term, Jump):
+        return [(f.day, f.gray) for f in schedule.fractions]
+    doses = [(d.day, term.relative_amount(d.amount, d.units, agent)) for d in schedule.doses if d.agent == agent]
+    return doses + [(o.start_day, 1.0) for o in schedule.ongoing if o.agent == agent]
+
+
+def _table(events: list[list[tuple[float, float]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged rows of (day, amount) as two arrays; what is padded never comes."""
+    width = max(len(e) for e in events)
+    days, amounts = np.full((len(events), width), np.inf), np.zeros((len(events), width))
+    for row, here in enumerate(events):
+        if here:
+            days[row, : len(here)], amounts[row, : len(here)] = zip(*here, strict=True)
+    return torch.tensor(days), torch.tensor(amounts)
+
+
 class Course:
     """Levels, exposures and kill exponents of all treatments along a time plan.
 
@@ -80,43 +98,33 @@ class Course:
         self.rest = torch.tensor(np.take_along_axis(plan.edges, plan.step + 1, 1)) - self.nodes
         self.step = torch.tensor(plan.step)
         self.edges = torch.tensor(plan.edges)
-        self.doses: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Days and amounts (rows, n) of each agent of a kill, or of the fractions of a jump.
+        self.doses: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
         for term in model.treatments:
-            events = [self._events(term, s) for s in schedules]
-            width = max(len(e) for e in events)
-            days = np.full((len(events), width), np.inf)
-            amounts = np.zeros((len(events), width))
-            for row, here in enumerate(events):
-                if here:
-                    days[row, : len(here)], amounts[row, : len(here)] = zip(*here, strict=True)
-            self.doses[term.name] = torch.tensor(days), torch.tensor(amounts)
-        self.active = [t for t in model.treatments if self.doses[t.name][0].shape[1]]
+            for agent in term.agents if isinstance(term, Kill) else ("",):
+                self.doses[term.name, agent] = _table([_events(term, agent, s) for s in schedules])
+        self.active = [t for t in model.treatments
+                       if any(self.doses[key][0].shape[1] for key in self.doses if key[0] == t.name)]  # fmt: skip
 
-    @staticmethod
-    def _events(term, schedule: Schedule) -> list[tuple[float, float]]:
-        if isinstance(term, Jump):
-            return [(f.day, f.gray) for f in schedule.fractions]
-        doses = [
-            (d.day, term.relative_amount(d.amount, d.units, d.agent)) for d in schedule.doses if d.agent in term.agents
-        ]
-        return doses + [(o.start_day, 1.0) for o in schedule.ongoing if o.agent in term.agents]
-
-    def state(self, term: Kill, p: dict, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Level and exposure of an agent at days `t` (..., rows, m); a dose at exactly t is still to come.
+    def state(self, term: Kill, p: dict, t: torch.Tensor) -> tuple[dict, dict]:
+        """Level and exposure of each agent at days `t` (..., rows, m); a dose at exactly t is still to come.
 
         Parameters of shape (batch,) give results of shape (..., batch, m).
         """
-        days, amounts = self.doses[term.name]
-        elapsed = t[..., None] - days[:, None, :]
-        past = elapsed > RESOLUTION
-        level, exposure = term.kinetics(torch.where(past, elapsed, 0.0), {k: v[:, None, None] for k, v in p.items()},
-                                        TorchOps)  # fmt: skip
-        amount = amounts[:, None, :] * past
-        return (level * amount).sum(-1), (exposure * amount).sum(-1)
+        p = {k: v[:, None, None] for k, v in p.items()}
+        levels, exposures = {}, {}
+        for agent in term.agents:
+            days, amounts = self.doses[term.name, agent]
+            elapsed = t[..., None] - days[:, None, :]
+            past = elapsed > RESOLUTION
+            level, exposure = term.kinetics(torch.where(past, elapsed, 0.0), p, TorchOps, agent)
+            amount = amounts[:, None, :] * past
+            levels[agent], exposures[agent] = (level * amount).sum(-1), (exposure * amount).sum(-1)
+        return levels, exposures
 
     def _jumps(self, term: Jump, p: dict, t: torch.Tensor) -> torch.Tensor:
         """Minus the log survival of all fractions before `t` (..., rows, m)."""
-        days, gray = self.doses[term.name]
+        days, gray = self.doses[term.name, ""]
         survival = term.survival({k: v[:, None, None] for k, v in p.items()}, Context(dose=gray[:, None, :]), TorchOps)
         return torch.where(t[..., None] - days[:, None, :] > RESOLUTION, -torch.log(survival), 0.0).sum(-1)
 
@@ -139,12 +147,13 @@ class Course:
         at_edges = self.exponent(values, self.edges)
         rows = at_edges.shape[0]
         step = self.step.expand(rows, -1)
-        inside = self.exponent(values, self.nodes) - torch.take_along_dim(at_edges, step, 1)
 
         def integral(function):
+            # Only laws that need it pay for the nodes inside the steps.
+            inside = self.exponent(values, self.nodes) - torch.take_along_dim(at_edges, step, 1)
             pieces = (function(self.since, self.rest, inside) * self.weights).sum(0)
-            step = self.step.expand(pieces.shape[0], -1)
-            return torch.zeros(pieces.shape[0], n, dtype=torch.float64).scatter_add(1, step, pieces)
+            index = self.step.expand(pieces.shape[0], -1)
+            return torch.zeros(pieces.shape[0], n, dtype=torch.float64).scatter_add(1, index, pieces)
 
         c = Context(dt=self.edges[:, 1:] - self.edges[:, :-1], kill=at_edges[:, 1:] - at_edges[:, :-1],
                     integral=integral)  # fmt: skip
@@ -176,8 +185,11 @@ class Course:
         """What the term reads at each of the days t (rows, m)."""
         level, exposure = self.state(term, {k: v for k, v in p.items() if v.ndim == 1}, t)
         drug = maps[term.map] if term.map else 1.0
-        return [Context(level=_spread(level[:, j]), exposure=_spread(exposure[:, j]), map=drug)
-                for j in range(t.shape[1])]  # fmt: skip
+        return [
+            Context(level={a: _spread(x[:, j]) for a, x in level.items()},
+                    exposure={a: _spread(x[:, j]) for a, x in exposure.items()}, map=drug)
+            for j in range(t.shape[1])
+        ]  # fmt: skip
 
     def field_coefficients(self, i: int, values: dict, maps: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Closed-form coefficients of step i as fields."""

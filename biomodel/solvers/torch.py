@@ -367,13 +367,13 @@ class Simulation(torch.nn.Module):
             return self.fixed_plan(times, counts)
 
     def _pilot_error(self, values, u0, times, counts) -> float:
-        pilot = self if np.prod(self.mask.shape[1:]) <= 20_000 else self._coarsened()
+        pilot = self if np.prod(self.mask.shape[1:]) <= 20_000 else self.coarsened()
         extreme = self._extreme(values) if self.rows == 1 else list(range(self.rows))
         small = {k: (v[extreme] if v.shape[0] > 1 else v) for k, v in values.items()}
         start = u0[extreme] if u0.shape[0] > 1 else u0
         if pilot is not self:
-            small = {k: (_coarsen(v, self.mask) if v.ndim > 1 else v) for k, v in small.items()}
-            start = _coarsen(start, self.mask)
+            small = {k: (coarsen(v, self.mask) if v.ndim > 1 else v) for k, v in small.items()}
+            start = coarsen(start, self.mask)
         runs = []
         for many in (1, 2):
             plan = pilot.fixed_plan(times, [many * c for c in counts])
@@ -399,18 +399,19 @@ class Simulation(torch.nn.Module):
                 chosen.add(int(v.reshape(v.shape[0], -1).amax(1).argmax()))
         return sorted(chosen)
 
-    def _coarsened(self) -> Simulation:
+    def coarsened(self) -> Simulation:
+        """The same simulation on voxels twice as large along every axis, made once."""
         if self._coarse is None:
             domains = []
             for d in self.domains:
                 d = d.crop(self.box)
                 mask = torch.tensor(d.mask)[None]
                 halves = [2 if n > 1 else 1 for n in d.shape]
-                coarse = _coarsen(torch.tensor(d.mask, dtype=torch.float64)[None], mask)[0].numpy() > 0
-                tissues = {k: _coarsen(torch.tensor(np.array(v))[None], mask)[0].numpy() for k, v in d.tissues.items()}
+                coarse = coarsen(torch.tensor(d.mask, dtype=torch.float64)[None], mask)[0].numpy() > 0
+                tissues = {k: coarsen(torch.tensor(np.array(v))[None], mask)[0].numpy() for k, v in d.tissues.items()}
                 spacing = tuple(s * h for s, h in zip(d.spacing, halves, strict=True))
                 domains.append(Domain.box(coarse.shape, spacing, mask=coarse, tissues=tissues))
-            fields = {k: _coarsen(torch.tensor(np.asarray(v, float)[(..., *self.box)])[None], self.mask[:1].cpu())[0].numpy()
+            fields = {k: coarsen(torch.tensor(np.asarray(v, float)[(..., *self.box)])[None], self.mask[:1].cpu())[0].numpy()
                       for k, v in self._extra.items()}  # fmt: skip
             self._coarse = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
         return self._coarse
@@ -473,7 +474,8 @@ class Simulation(torch.nn.Module):
         return torch.nn.functional.pad(u, widths)
 
     def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str | None], plan: TimePlan | None = None,
-                      du0: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+                      du0: torch.Tensor | None = None,
+                      rows: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """States and their derivatives by scalar parameters, in one forward pass.
 
         Parameters
@@ -482,11 +484,13 @@ class Simulation(torch.nn.Module):
             Global names of scalar parameters, one direction each; None for a direction of `du0` alone.
         du0 : Tensor, shape (len(wrt), batch or 1, z, y, x), optional
             Tangent of the initial state that goes with each direction.
+        rows : ndarray of bool, shape (T, z, y, x), optional
+            Where results are wanted; only these voxels are kept, which saves memory.
 
         Returns
         -------
-        u : Tensor, shape (batch, T, z, y, x)
-        du : Tensor, shape (len(wrt), batch, T, z, y, x)
+        u : Tensor, shape (batch, T, z, y, x), or (batch, rows)
+        du : Tensor, shape (len(wrt), batch, T, z, y, x), or (len(wrt), batch, rows)
         """
         values = {k: v.detach() for k, v in self._values(params).items()}
         u0 = self._state(u0).detach()
@@ -517,15 +521,20 @@ class Simulation(torch.nn.Module):
         if du0 is not None:
             inner = torch.where(self.mask, torch.as_tensor(du0)[(..., *self.box)].to(self.device), 0.0)
             tan[..., 1:-1, 1:-1, 1:-1] = inner.to(self.solver.dtype)
-        kernels = self.kernels
+        inside = None if rows is None else [torch.tensor(r[self.box], device=self.device) for r in rows]
+
+        def take(k, x):
+            x = self.kernels.tensor(x)[..., 1:-1, 1:-1, 1:-1]
+            return x.clone() if inside is None else x[..., inside[k]]
+
         outputs, tangents = prepared.evolution.tangents(
-            kernels.array(self._pad(u0, batch)), kernels.array(tan), d_scale, d_faces, moves
+            self.kernels.array(self._pad(u0, batch)), self.kernels.array(tan), d_scale, d_faces, moves, take
         )
-        u = torch.stack([torch.as_tensor(o) for o in outputs], 1)[..., 1:-1, 1:-1, 1:-1]
-        du = torch.stack([torch.as_tensor(o) for o in tangents], 2)[..., 1:-1, 1:-1, 1:-1]
-        if not math.isfinite(float(u.sum() + du.sum())):
+        if not math.isfinite(sum(float(x.sum()) for x in (*outputs, *tangents))):
             raise SolverError("the state or its sensitivities are not finite; the parameters are too extreme.")
-        return self._unbox(u), self._unbox(du)
+        if inside is not None:
+            return torch.cat(outputs, -1), torch.cat(tangents, -1)
+        return self._unbox(torch.stack(outputs, 1)), self._unbox(torch.stack(tangents, 2))
 
     def linearise(self, params: Mapping, u0, times, plan: TimePlan | None = None) -> Linearisation:
         """The run's outputs with its derivative by the initial state, for many products at little cost."""
@@ -562,7 +571,7 @@ class Linearisation:
         return self.simulation._unbox(torch.where(self.simulation.mask, lam, 0.0))
 
 
-def _coarsen(u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def coarsen(u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the mask in blocks of two along every axis longer than one; (batch, z, y, x)."""
     weight = mask.to(u.dtype).expand(u.shape)
     total, count = u * weight, weight
