@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.patient import Patient
 from biomodel.solvers.torch import TorchSolver
+
+#: Most rounds in which the initial state moves to its posterior mean and the parameters follow.
+REFINEMENTS = 5
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,15 @@ class MAP:
         if not best.converged:
             best = minimise(lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, 0.1, progress)
         problem.replan(best.z)
-        return minimise(
-            lambda z: problem.linearise(z, True), best.z, prior, limits, self.iterations, self.tolerance, progress
-        )
+        spent = best.iterations
+        for _ in range(REFINEMENTS):
+            best = minimise(
+                lambda z: problem.linearise(z, True), best.z, prior, limits, self.iterations, self.tolerance, progress
+            )
+            spent += best.iterations
+            if problem.refine(best.linear) < 0.1:
+                break
+        return replace(best, iterations=spent)
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ def calibrate(
         iterations=best.iterations,
         solves=problem.solves,
         converged=best.converged,
-        initial_update=problem.initial_update(best.linear),
+        initial_update=problem.update,
         box=problem.box,
         notes=tuple(notes),
     )

@@ -194,6 +194,8 @@ class ImageProblem:
         self.acting = {n for n in model.free if not n.startswith(tuple(_idle(model, patient, self.days[-1])))}
         self.plan = None
         self.solves = 0
+        # Change of the measured initial state towards its posterior mean, about which the model is linearised.
+        self.update = np.zeros(self.domain.shape)
 
     def _rows(self) -> None:
         """Lay out the residuals: (time, voxel) of measured rows first, then of rows where nothing was seen."""
@@ -241,7 +243,7 @@ class ImageProblem:
         return {n: values[n] for n in self.model.free}
 
     def _arguments(self, values: dict):
-        u0 = self.initial.state({n: np.array([values[n]]) for n in self.initial.names})
+        u0 = self.initial.state({n: np.array([values[n]]) for n in self.initial.names}) + self.update
         return self._split(values), torch.tensor(u0), self.days[1:]
 
     def replan(self, z: np.ndarray) -> None:
@@ -280,9 +282,18 @@ class ImageProblem:
         u, error = self._predict(values)
         return self._residual(u + values["grid.error"] * error, values)[0]
 
-    def initial_update(self, linear: ImageLinear) -> np.ndarray:
-        """Posterior mean change of the initial state at the optimum, (z, y, x)."""
-        return linear.initial_update()
+    def refine(self, linear: ImageLinear) -> float:
+        """Move the initial state to its posterior mean given `linear`; how far it went, in units of its noise.
+
+        Derivatives taken at the measured state would carry its noise, and correlate with the residuals that the same
+        noise makes: the diffusivity would come out too high (errors in variables). At the posterior mean they do not.
+        """
+        if linear.weights.linear is None:
+            return 0.0
+        new = linear.weights.pulled(linear.weighted[None])[0]
+        moved = float(np.abs(new - self.update).max() / np.sqrt(max(self.initial_variance.max(), 1e-30)))
+        self.update = new
+        return moved
 
     def linearise(self, z: np.ndarray, exact: bool) -> ImageLinear:
         """Residuals with derivatives and weights at z; `exact` marginalises the initial state's noise by C."""
@@ -312,7 +323,8 @@ class ImageProblem:
         chain = [_slope(p, v) for p, v in zip(self.parameters.values(), z, strict=True)]
         jacobian *= np.array(chain)[:, None]
         weights = Weights(self, params, u0, times, active, exact)
-        return ImageLinear(self, residual, jacobian, weights)
+        carried = weights.carried(self.update)
+        return ImageLinear(self, residual + carried, jacobian, weights, carried)
 
 
 def _idle(model: ReactionDiffusion, patient: Patient, day: float) -> list[str]:
@@ -361,6 +373,12 @@ class Weights:
         """R0 J' x: (m, n) to (m, z, y, x)."""
         self.problem.solves += len(x)
         return self.linear.pull(self._scatter(x))[:, 0].numpy() * self.problem.initial_variance
+
+    def carried(self, update: np.ndarray) -> np.ndarray:
+        """J update on the rows that count, (n,)."""
+        if self.linear is None:
+            return np.zeros(len(self.active))
+        return self.linear.push(torch.tensor(update[None, None]))[0, 0].numpy()[self.problem.rows] * self.active
 
     def covariance(self, x: np.ndarray) -> np.ndarray:
         """C x for rows of x, (m, n)."""
@@ -437,6 +455,7 @@ class ImageLinear:
     residual: np.ndarray
     jacobian: np.ndarray
     weights: Weights
+    carried: np.ndarray
 
     def __post_init__(self):
         solved = self.weights.solve(np.vstack((self.residual, self.jacobian)))
@@ -448,17 +467,9 @@ class ImageLinear:
 
     def trial(self, z: np.ndarray) -> float:
         """Objective at another point, with these weights held."""
-        residual = self.problem.residual(z)
+        residual = self.problem.residual(z) + self.carried
         return 0.5 * float(residual @ self.weights.solve(residual[None])[0])
 
     def log_likelihood(self) -> float:
         """Gaussian log-likelihood of the measured values."""
         return -self.objective - 0.5 * self.weights.log_determinant() - 0.5 * self.problem.count * np.log(2 * np.pi)
-
-    def initial_update(self) -> np.ndarray:
-        """Posterior mean change of the initial state, R0 J' C^-1 r, (z, y, x)."""
-        if self.weights.linear is None:
-            return np.zeros(self.problem.domain.shape)
-        return self.weights.pulled(self.weighted[None])[0]
-
-

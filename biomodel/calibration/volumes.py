@@ -109,6 +109,7 @@ class VolumeProblem:
     """Residuals and sensitivities of one patient without images, for `calibrate`."""
 
     box = None
+    update = None
 
     def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver):
         days, volumes = measured(patient)
@@ -144,8 +145,9 @@ class VolumeProblem:
         with torch.no_grad():
             return self.y - self.volume_model(torch.tensor(z[None])).numpy()[0]
 
-    def initial_update(self, linear: VolumeLinear) -> None:
-        """There is no field to update."""
+    def refine(self, linear: VolumeLinear) -> float:
+        """There is no initial field to move."""
+        return 0.0
 
 
 @dataclass(eq=False)
