@@ -61,6 +61,7 @@ class Forecast:
 
     @property
     def draws(self) -> int:
+        """Number of draws, without those that gave no finite state."""
         return self.data.sizes["draw"]
 
     def _repr_html_(self) -> str:

@@ -35,9 +35,11 @@ class Prior:
     """A prior that is Gaussian in a transformed coordinate. Use one of its subclasses."""
 
     def to_z(self, value, ops=NumpyOps):
+        """Transformed coordinate of a value."""
         raise NotImplementedError
 
     def to_value(self, z, ops=NumpyOps):
+        """Value at a transformed coordinate."""
         raise NotImplementedError
 
     @property
@@ -131,6 +133,52 @@ class LogitNormal(Prior):
 
     def at(self, location: float, scale: float) -> LogitNormal:
         return LogitNormal(1 / (1 + math.exp(-location)), scale)
+
+
+@dataclass(frozen=True)
+class SoftplusNormal(Prior):
+    """Prior of a positive parameter that is Gaussian where it is large and log-normal where it is small.
+
+    value = unit log(1 + exp(z)) with Gaussian z. A log-normal with the same spread at small values has a far longer
+    upper tail; for the strength of a treatment, of which some tumours feel almost nothing, that tail is too long.
+
+    Parameters
+    ----------
+    median : float
+        Median, in the parameter's unit.
+    sigma : float
+        Standard deviation of z (dimensionless).
+    unit : float
+        Value around which the transform turns from exponential to linear, in the parameter's unit.
+    """
+
+    median: float
+    sigma: float
+    unit: float
+
+    def __post_init__(self):
+        _positive("SoftplusNormal", median=self.median, sigma=self.sigma, unit=self.unit)
+
+    def to_z(self, value, ops=NumpyOps):
+        x = value / self.unit
+        return x + ops.log(1 - ops.exp(-x))
+
+    def to_value(self, z, ops=NumpyOps):
+        # Branches are guarded so that none overflows: automatic differentiation evaluates them all.
+        small = ops.exp(ops.where(z > 0, -z, z))
+        tail = ops.where(z < -18.0, small, ops.log(1 + small))
+        return self.unit * (ops.where(z > 0, z, 0.0 * z) + tail)
+
+    @property
+    def location(self) -> float:
+        return float(self.to_z(np.float64(self.median)))
+
+    @property
+    def scale(self) -> float:
+        return self.sigma
+
+    def at(self, location: float, scale: float) -> SoftplusNormal:
+        return SoftplusNormal(float(self.to_value(np.float64(location))), scale, self.unit)
 
 
 @dataclass(frozen=True)

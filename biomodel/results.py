@@ -81,7 +81,8 @@ class Results:
             # Both are complete before the first is put in place.
             numbers = stack.enter_context(atomic_write(folder / "summary.json"))
             maps = stack.enter_context(atomic_write(folder / "forecast.nc"))
-            tree.to_netcdf(maps, engine="h5netcdf", encoding=packed)
+            # In memory first: where a disk fills up, HDF5 cannot close its file any more and ends the process.
+            maps.write_bytes(tree.to_netcdf(engine="h5netcdf", encoding=packed))
             numbers.write_text(text, encoding="utf-8")
 
     @classmethod

@@ -108,6 +108,10 @@ def score(forecast: Forecast, patient: Patient) -> Score:
     patient : Patient
         The whole record. Only visits after the last calibrated one, at days that the forecast holds, are scored.
 
+    Returns
+    -------
+    Score
+
     Raises
     ------
     InputError

@@ -175,7 +175,8 @@ class VirtualPatient:
         target.parent.mkdir(exist_ok=True)
         with atomic_write(target) as path:
             packed = {name: {"zlib": True} for name in self.truth.data_vars if self.truth[name].ndim > 1}
-            self.truth.to_netcdf(path, engine="h5netcdf", encoding=packed)
+            # In memory first: where a disk fills up, HDF5 cannot close its file any more and ends the process.
+            path.write_bytes(self.truth.to_netcdf(engine="h5netcdf", encoding=packed))
 
 
 def virtual_patient(

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import biomodel as bm
-from biomodel.report import report
 from biomodel.virtual import small_patient
 
 # Files go into the folder named by TUMORCAST_EXAMPLES, or else into a temporary one.
@@ -75,6 +74,6 @@ for row in bm.score(forecast, patient).rows:
 # ## Keep it
 
 # %%
-page = report(forecast, observed=patient)
-page.save(folder / "report.html")
+report = bm.report(forecast, observed=patient)
+report.save(folder / "report.html")
 print(f"Report: {folder / 'report.html'}")

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import biomodel as bm
-from biomodel.defaults import default_model, no_further_treatment, without_further
+from biomodel.defaults import no_further_treatment, without_further
 from biomodel.virtual import small_patient
 
 folder = Path(os.environ.get("TUMORCAST_EXAMPLES") or tempfile.mkdtemp())
@@ -23,7 +23,7 @@ folder = Path(os.environ.get("TUMORCAST_EXAMPLES") or tempfile.mkdtemp())
 patient = small_patient(seed=7).patient
 known = patient.until(visit=2)
 today, end = known.visits[-1].day, patient.visits[-1].day
-fit = bm.calibrate(default_model(known), known)
+fit = bm.calibrate(bm.default_model(known), known)
 print(f"{patient.id}: calibrated on visits up to day {today:g}, forecast to day {end:g}")
 
 # %% [markdown]

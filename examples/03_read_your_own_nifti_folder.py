@@ -14,7 +14,6 @@ import nibabel as nib
 import numpy as np
 
 import biomodel as bm
-from biomodel.defaults import default_model
 from biomodel.quality import check
 
 folder = Path(os.environ.get("TUMORCAST_EXAMPLES") or tempfile.mkdtemp()) / "P001"
@@ -105,7 +104,7 @@ assert findings.ok
 # %%
 patient = bm.Patient.read(folder)
 print(patient)
-fit = bm.calibrate(default_model(patient), patient)
+fit = bm.calibrate(bm.default_model(patient), patient)
 forecast = bm.forecast(fit, until=62, draws=100, seed=0)
 for day in forecast.times:
     low, middle, high = forecast["volume"].sel(time=day).quantile([0.05, 0.5, 0.95], "draw").values

@@ -22,7 +22,6 @@ import numpy as np
 import biomodel as bm
 from biomodel.defaults import no_further_treatment
 from biomodel.quality import check
-from biomodel.report import report
 from biomodel.virtual import virtual_patient
 
 # %% [markdown]
@@ -140,5 +139,5 @@ stopped
 # All of this on one page, with limits of use and provenance; `.save("report.html")` or `.save("report.pdf")` keeps it.
 
 # %%
-page = report(forecast, observed=patient, what_if=[("no further treatment", stopped)], findings=check(folder))
-page
+report = bm.report(forecast, observed=patient, what_if=[("no further treatment", stopped)], findings=check(folder))
+report

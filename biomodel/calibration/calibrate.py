@@ -43,6 +43,7 @@ class MAP:
     start_at: Mapping[str, float] | None = None
 
     def optimise(self, problem, prior, progress: Callable[[str], None] | None = None) -> Optimum:
+        """Return the best point found from all starts."""
         limits = limits_of(problem.parameters)
         rng = np.random.default_rng(self.seed)
         first = prior.mean.copy()
@@ -210,7 +211,23 @@ def compare(
     solver: TorchSolver | None = None,
     method: MAP | Laplace | None = None,
 ) -> Comparison:
-    """Calibrate several models on the same patient and compare them by evidence, AIC and BIC."""
+    """Calibrate several models on the same patient and compare them by evidence, AIC and BIC.
+
+    Parameters
+    ----------
+    models : sequence of ReactionDiffusion
+    patient, solver, method
+        As in :func:`calibrate`.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    CalibrationError
+        If there are no models, or one of them cannot be calibrated.
+    """
     if not models:
         raise CalibrationError("compare: no models given.")
     return Comparison(tuple(calibrate(m, patient, solver, method) for m in models))

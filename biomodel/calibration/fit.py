@@ -54,6 +54,7 @@ class Fit:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the calibrated parameters, in the order of `z`."""
         return tuple(self.parameters)
 
     @property
@@ -78,10 +79,12 @@ class Fit:
 
     @property
     def aic(self) -> float:
+        """Akaike's information criterion."""
         return 2 * len(self.names) - 2 * self.log_likelihood
 
     @property
     def bic(self) -> float:
+        """Bayesian information criterion."""
         return len(self.names) * float(np.log(max(self.count, 1))) - 2 * self.log_likelihood
 
     def draw(self, draws: int, seed: int) -> dict[str, np.ndarray]:

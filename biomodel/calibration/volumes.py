@@ -9,23 +9,28 @@ Several patients may be laid out together (rows); their parameters are independe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.special import gammaln
+from torch.autograd import forward_ad
 
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.parameters import LogNormal, Parameter
 from biomodel.patient import Patient
-from biomodel.solvers.reaction import TorchOps
+from biomodel.solvers.plan import TimePlan
+from biomodel.solvers.reaction import FLOWS, Course, TorchOps
 from biomodel.solvers.torch import TorchSolver
 from biomodel.terms import Exponential, NoGrowth
+from biomodel.visit import VolumeSettings
 
 VOLUME = "initial.volume"
 CAPACITY = "initial.capacity"
+#: Most members of one batch: larger ones do not fit the processor's caches and run slower.
+BATCH = 8192
 
 
 def volume_parameters(model: ReactionDiffusion, first: float) -> dict[str, Parameter]:
@@ -40,47 +45,136 @@ def volume_parameters(model: ReactionDiffusion, first: float) -> dict[str, Param
     return found
 
 
+@dataclass(frozen=True)
+class VolumeNoise:
+    """Errors of log(V + floor): Student-t, with a scale that may change over the visits.
+
+    Attributes
+    ----------
+    days : tuple of float
+        Days since the first visit at which the scale is known, increasing.
+    scale : tuple of float
+        Scale on these days; its logarithm is interpolated between them and constant outside.
+    df : float
+        Degrees of freedom.
+    """
+
+    days: tuple[float, ...]
+    scale: tuple[float, ...]
+    df: float
+
+    def __post_init__(self):
+        if len(self.days) != len(self.scale) or not self.days or min(self.scale) <= 0 or self.df <= 2:
+            raise CalibrationError(
+                f"VolumeNoise: days {self.days}, scale {self.scale}, df {self.df}; expected one positive scale per day and "
+                "more than 2 degrees of freedom."
+            )
+
+    @classmethod
+    def of(cls, settings: VolumeSettings) -> VolumeNoise:
+        """The noise that a patient's record states."""
+        return cls((0.0,), (settings.log_sd,), settings.df)
+
+    def at(self, since: np.ndarray) -> np.ndarray:
+        """Scale at days since the first visit, of the same shape."""
+        return np.exp(np.interp(since, self.days, np.log(self.scale)))
+
+
 class VolumeModel:
     """log(V + floor) at given days as a differentiable function of transformed parameters.
 
     Parameters
     ----------
     days : ndarray, shape (rows, T) or (T,)
-        Increasing in each row; the first is the day of the initial volume.
+        Not decreasing in each row; the first is the day of the initial volume.
+    floor : ndarray, shape (rows,) or (1,)
+        Detection floor, cm³.
     """
 
-    def __init__(self, model: ReactionDiffusion, parameters: dict[str, Parameter], patients: Sequence[Patient],
+    def __init__(self, model: ReactionDiffusion, parameters: Mapping[str, Parameter], patients: Sequence[Patient],
                  days: np.ndarray, floor: np.ndarray, solver: TorchSolver):  # fmt: skip
-        self.model, self.parameters = model, parameters
+        self.model, self.parameters = model, dict(parameters)
         days = np.atleast_2d(np.asarray(days, float))
         schedules = [p.schedule for p in patients]
-        if all(s == schedules[0] for s in schedules) and (days == days[0]).all():
+        if (days == days[0]).all() and all(s is schedules[0] or s == schedules[0] for s in schedules):
+            # Who shares visits and treatments shares one row: nothing is computed twice.
             schedules, days = schedules[:1], days[:1]
         self.simulation = solver.build(model, patients[0].domain, schedules, start=list(days[:, 0]))
-        self.days = days
+        self.schedules, self.days = schedules, days
         self.plan = self.simulation.fixed_plan(days, [0] + [1] * (days.shape[1] - 1))
-        self.floor = torch.tensor(np.asarray(floor, float).reshape(-1, 1))
+        floor = np.broadcast_to(np.asarray(floor, float).reshape(-1), (len(patients),))
+        self.floor = torch.tensor(floor[:1] if (floor == floor[0]).all() else floor)[:, None]
+        self._courses: dict[int, Course] = {}
+
+    @property
+    def rows(self) -> int:
+        """Patients that differ in visits or treatments; 1 where all share them."""
+        return len(self.schedules)
+
+    def _course(self, times: int) -> Course:
+        """Treatment courses of all rows, repeated."""
+        if times not in self._courses:
+            p = self.plan
+            tiled = [np.tile(x, (times, 1)) for x in (p.edges, p.start, p.length, p.step)]
+            plan = TimePlan(tiled[0], p.outputs, *tiled[1:])
+            self._courses[times] = Course(self.model, self.schedules * times, plan)
+        return self._courses[times]
 
     def volumes(self, z: torch.Tensor) -> torch.Tensor:
-        """Volumes, cm³: (batch, p) to (batch, T)."""
-        values = {n: p.prior.to_value(z[:, i], TorchOps) for i, (n, p) in enumerate(self.parameters.items())}
-        capacity = values.get(CAPACITY, torch.ones((), dtype=z.dtype)).reshape(-1, 1)
-        u0 = (values[VOLUME].reshape(-1, 1) / capacity).reshape(-1, 1, 1, 1)
+        """Volumes, cm³: (batch, p) to (batch, T); the batch is the rows or a multiple of them, rows fastest."""
+        block = BATCH if self.rows == 1 else self.rows * max(1, BATCH // self.rows)
+        parts = [self._block(part) for part in z.split(block)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _block(self, z: torch.Tensor) -> torch.Tensor:
+        values = {}
+        for i, (n, p) in enumerate(self.parameters.items()):
+            # Bounds are far in the tails; a draw beyond one is set onto it.
+            values[n] = p.prior.to_value(z[:, i], TorchOps).clamp(*p.bounds)
+        capacity = values.get(CAPACITY, torch.ones(1, dtype=z.dtype))[:, None]
+        u = (values[VOLUME][:, None] / capacity)
         params = {n: v for n, v in values.items() if n in self.model.parameters}
-        return self.simulation(params, u0, self.days, plan=self.plan)[:, :, 0, 0, 0] * capacity
+        flow = self.model.growth.flow
+        if flow is None or self.simulation.maps:
+            # Without a closed form the simulation takes its steps, for one draw of all rows at a time.
+            parts = z.shape[0] // self.rows if self.rows > 1 else 1
+            runs = []
+            for k in range(parts):
+                at = slice(k * self.rows, (k + 1) * self.rows) if self.rows > 1 else slice(None)
+                start = u[at].reshape(-1, 1, 1, 1)
+                here = {n: v[at] for n, v in params.items()}
+                runs.append(self.simulation(here, start, self.days, plan=self.plan)[:, :, 0, 0, 0])
+            return torch.cat(runs) * capacity
+        complete = self.model.complete(params)
+        complete = {n: torch.as_tensor(v, dtype=torch.float64).reshape(-1) for n, v in complete.items()}
+        a, b = self._course(z.shape[0] // self.rows if self.rows > 1 else 1).coefficients(complete)
+        states = [u]
+        for i in range(self.plan.steps):
+            states.append(FLOWS[flow](states[-1], a[:, i : i + 1], b[:, i : i + 1]))
+        return torch.cat([states[k] for k in self.plan.outputs], 1) * capacity
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
-        """log(V + floor): (batch, p) to (batch, T); the batch is the rows or a multiple of them, rows fastest."""
+        """log(V + floor), shaped as `volumes`."""
         v = self.volumes(z)
-        return torch.log(v.clamp_min(0.0) + self.floor)
+        floor = self.floor if self.floor.shape[0] == 1 else self.floor.repeat(z.shape[0] // self.floor.shape[0], 1)
+        return torch.log(v.clamp_min(0.0) + floor)
+
+    def draws(self, z: np.ndarray) -> np.ndarray:
+        """log(V + floor) of many draws: (patients, draws, p) to (patients, draws, T); not finite where V is not."""
+        n, s, p = z.shape
+        with torch.no_grad():
+            y = self(torch.tensor(z.transpose(1, 0, 2).reshape(s * n, p)))
+        return y.reshape(s, n, -1).numpy().transpose(1, 0, 2)
 
     def jacobian(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values (batch, T) and derivatives (batch, T, p)."""
-        x = torch.tensor(z, requires_grad=True)
-        y = self(x)
-        parts = [torch.autograd.grad(y[:, t].sum(), x, retain_graph=True, allow_unused=True)[0] for t in range(y.shape[1])]
-        parts = [torch.zeros_like(x) if g is None else g for g in parts]
-        return y.detach().numpy(), torch.stack(parts, 1).numpy()
+        """Values (batch, T) and derivatives (batch, T, p), by one forward-mode run over all directions."""
+        n, p = z.shape
+        direction = torch.eye(p, dtype=torch.float64).repeat_interleave(n, 0)
+        with forward_ad.dual_level():
+            y = self(forward_ad.make_dual(torch.tensor(z).repeat(p, 1), direction))
+            value, slope = forward_ad.unpack_dual(y)
+        slope = torch.zeros_like(value) if slope is None else slope
+        return value[:n].numpy(), slope.reshape(p, n, -1).permute(1, 2, 0).numpy()
 
 
 def t_weights(residual: np.ndarray, scale: np.ndarray, df: float) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +205,8 @@ class VolumeProblem:
     box = None
     update = None
 
-    def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver):
+    def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver,
+                 parameters: Mapping[str, Parameter] | None = None, noise: VolumeNoise | None = None):  # fmt: skip
         days, volumes = measured(patient)
         if len(days) < 1 or patient.volumes is None:
             raise CalibrationError(f"patient {patient.id}: no visit has a volume; there is nothing to calibrate.")
@@ -121,11 +216,12 @@ class VolumeProblem:
                 "no tumour to calibrate on."
             )
         self.patient, self.model = patient, model
-        self.parameters = volume_parameters(model, max(volumes[0], patient.volumes.floor))
+        self.parameters = dict(parameters or volume_parameters(model, max(volumes[0], patient.volumes.floor)))
         self.names = tuple(self.parameters)
         self.volume_model = VolumeModel(model, self.parameters, [patient], days, np.array([patient.volumes.floor]), solver)
         self.y = np.log(volumes + patient.volumes.floor)
-        self.scale, self.df = np.full(len(days), patient.volumes.log_sd), patient.volumes.df
+        self.noise = VolumeNoise.of(patient.volumes) if noise is None else noise
+        self.scale, self.df = self.noise.at(days - days[0]), self.noise.df
         self.solves = 0
 
     @property

@@ -188,6 +188,7 @@ class Simulation(torch.nn.Module):
         }
         self.spacing = domains[0].spacing
         self._coarse: Simulation | None = None
+        self._fine: Simulation | None = None
         self._base = None
         self.diffuses = any(n > 1 for n in self.mask.shape[1:]) and (
             bool(model.diffusion.parameters) or type(model.diffusion).__name__ != "NoDiffusion"
@@ -416,6 +417,38 @@ class Simulation(torch.nn.Module):
             self._coarse = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
         return self._coarse
 
+    def refined(self) -> Simulation:
+        """The same simulation on voxels half as large along every axis, made once."""
+        if self._fine is None:
+            twice = [2 if n > 1 else 1 for n in self.mask.shape[1:]]
+
+            def split(values):
+                for axis, n in enumerate(twice):
+                    values = np.repeat(values, n, axis)
+                return values
+
+            domains = []
+            for d in self.domains:
+                d = d.crop(self.box)
+                spacing = tuple(s / n for s, n in zip(d.spacing, twice, strict=True))
+                mask = split(d.mask)
+                domains.append(Domain.box(mask.shape, spacing, mask=mask, tissues={k: split(v) for k, v in d.tissues.items()}))
+            fields = {k: split(np.asarray(v, float)[(..., *self.box)]) for k, v in self._extra.items()}
+            self._fine = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
+        return self._fine
+
+    def grid_error(self, params: Mapping, u0, times, plan: TimePlan) -> torch.Tensor:
+        """Change of the voxel averages when the grid is refined once, (T, z, y, x); one patient.
+
+        The initial state inside a voxel is taken linear, with the slope of its smoothed surroundings and its average
+        kept.
+        """
+        fine = self.refined()
+        u0 = self._state(u0).detach()
+        start = coarsen(fine(params, _subdivide(u0, self.mask), times, plan=plan)[0], fine.mask)
+        here = self(params, self._unbox(u0), times, plan=plan)[0][(..., *self.box)]
+        return self._unbox(torch.where(self.mask, start - here, 0.0))
+
     # Runs ------------------------------------------------------------------------------------------------------------
 
     def forward(self, params: Mapping, u0, times, plan: TimePlan | None = None) -> torch.Tensor:
@@ -586,6 +619,42 @@ def coarsen(u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
                 for x in (total, count)
             )
     return torch.where(count > 0, total / torch.where(count > 0, count, 1.0), 0.0)
+
+
+def _subdivide(u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Averages over half voxels from averages over voxels (batch, z, y, x), linear inside each voxel."""
+    weight = mask.to(u.dtype)
+    smooth, total = u * weight, weight
+    kernel = torch.tensor([0.25, 0.5, 0.25], dtype=u.dtype, device=u.device)
+    for axis in (-3, -2, -1):
+        if u.shape[axis] > 1:
+            smooth, total = (_along(x, kernel, axis) for x in (smooth, total))
+    smooth = torch.where(mask, smooth / torch.where(mask, total, 1.0), 0.0)
+    parts = u
+    slopes = []
+    for axis in (-3, -2, -1):
+        slope = torch.zeros_like(u)
+        n = u.shape[axis]
+        if n > 2:
+            inside = mask.narrow(axis, 0, n - 2) & mask.narrow(axis, 2, n - 2)
+            middle = (smooth.narrow(axis, 2, n - 2) - smooth.narrow(axis, 0, n - 2)) / 2
+            slope.narrow(axis, 1, n - 2).copy_(torch.where(inside, middle, 0.0))
+        slopes.append(slope)
+    for k, axis in enumerate((-3, -2, -1)):
+        if u.shape[axis] > 1:
+            at = axis + u.ndim
+            parts = torch.stack((parts - slopes[k] / 4, parts + slopes[k] / 4), at + 1).flatten(at, at + 1)
+            slopes = [x.repeat_interleave(2, at) for x in slopes]
+    return parts
+
+
+def _along(u: torch.Tensor, kernel: torch.Tensor, axis: int) -> torch.Tensor:
+    """Three-point smoothing along one axis, zero outside."""
+    n = u.shape[axis]
+    out = kernel[1] * u
+    out.narrow(axis, 1, n - 1).add_(kernel[0] * u.narrow(axis, 0, n - 1))
+    out.narrow(axis, 0, n - 1).add_(kernel[2] * u.narrow(axis, 1, n - 1))
+    return out
 
 
 class _Evolve(torch.autograd.Function):

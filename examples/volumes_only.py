@@ -6,7 +6,6 @@
 
 # %%
 import biomodel as bm
-from biomodel.defaults import default_model
 
 # %% [markdown]
 # ## The patient
@@ -24,7 +23,7 @@ known = patient.until(visit=2)
 # ## Calibrate and forecast
 
 # %%
-model = default_model(known)
+model = bm.default_model(known)
 print(model.label)
 fit = bm.calibrate(model, known)
 for row in fit.table():
