@@ -12,7 +12,7 @@ import xarray as xr
 
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.images import InitialState, computing_box, field_maps
-from biomodel.calibration.volumes import VolumeModel, measured
+from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
 from biomodel.errors import InputError, SolverError
 from biomodel.observation import Seen, longest_diameter, observe
 from biomodel.patient import Patient
@@ -276,7 +276,8 @@ def _volumes(fit, days, curve, draws, seed, schedule, progress):
     with torch.no_grad():
         volume = course.volumes(torch.tensor(z)).numpy()
     rng = _noise(seed, 2)
-    noise = rng.standard_t(settings.df, (draws, len(days))) * settings.log_sd
+    errors = VolumeNoise.of(settings) if fit.noise is None else fit.noise
+    noise = rng.standard_t(errors.df, (draws, len(days))) * errors.at(days - first)
     at = np.searchsorted(days_all, days)
     seen = np.maximum(np.exp(np.log(volume[:, at] + settings.floor) + noise) - settings.floor, 0.0)
     data = xr.Dataset(

@@ -10,6 +10,8 @@ import numpy as np
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.gaussnewton import Optimum, limits_of, minimise, prior_of
 from biomodel.calibration.images import ImageProblem
+from biomodel.calibration.importance import FEW, Importance, Samples
+from biomodel.calibration.population import Population
 from biomodel.calibration.volumes import VolumeProblem
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
@@ -50,7 +52,8 @@ class MAP:
         if self.start_at:
             for name, value in self.start_at.items():
                 if name not in problem.names:
-                    raise CalibrationError(f"start_at: {name!r} is not calibrated; there are {', '.join(problem.names)}.")
+                    known = ", ".join(problem.names)
+                    raise CalibrationError(f"start_at: {name!r} is not calibrated; there are {known}.")
                 first[problem.names.index(name)] = problem.parameters[name].prior.to_z(np.float64(value))
         points = [first]
         # Draws of half the prior's width: enough to leave a wrong basin, without extreme models.
@@ -68,7 +71,9 @@ class MAP:
         best = min(screened, key=lambda o: o.objective)
         problem.replan(best.z)
         if not best.converged:
-            best = minimise(lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, 0.1, progress)
+            best = minimise(
+                lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, 0.1, progress
+            )
         problem.replan(best.z)
         spent = best.iterations
         for _ in range(REFINEMENTS):
@@ -89,22 +94,24 @@ class Laplace:
 
 
 def calibrate(
-    model: ReactionDiffusion,
+    model: ReactionDiffusion | Population,
     patient: Patient,
     solver: TorchSolver | None = None,
-    method: MAP | Laplace | None = None,
+    method: MAP | Laplace | Importance | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Calibrate a model on the visits of one patient.
 
     Parameters
     ----------
-    model : ReactionDiffusion
+    model : ReactionDiffusion or Population
+        A population learned from a cohort (`learn_priors`) brings its model, its priors and its noise of the volumes;
+        it is for patients without images.
     patient : Patient
         Usually ``patient.until(visit=k)``: all its visits are used. The first gives the initial state.
     solver : TorchSolver, optional
-    method : MAP or Laplace, optional
-        Laplace by default.
+    method : MAP, Laplace or Importance, optional
+        Laplace by default; Importance is for patients without images.
     progress : callable, optional
         Receives a line of text per iteration.
 
@@ -119,10 +126,28 @@ def calibrate(
     """
     solver = TorchSolver() if solver is None else solver
     method = Laplace() if method is None else method
-    optimiser = method.map if isinstance(method, Laplace) else method
-    kind = VolumeProblem if patient.domain.well_mixed else ImageProblem
-    problem = kind(model, patient, solver)
-    prior = prior_of(problem.parameters, model.joint)
+    population = None
+    if isinstance(model, Population):
+        population, model = model, model.model
+    if not patient.domain.well_mixed and (population or isinstance(method, Importance)):
+        what = "a population's priors are" if population else "Importance is"
+        raise CalibrationError(
+            f"patient {patient.id} has images, but {what} for patients without; use patient.without_images(), or "
+            "a model and Laplace()."
+        )
+    if isinstance(method, MAP):
+        optimiser = method
+    elif isinstance(method, Importance):
+        optimiser = MAP(starts=method.starts, iterations=method.iterations, seed=method.seed)
+    else:
+        optimiser = method.map
+    problem: VolumeProblem | ImageProblem
+    if population:
+        problem = VolumeProblem(model, patient, solver, population.parameters, population.noise)
+        prior = population.gaussian
+    else:
+        problem = (VolumeProblem if patient.domain.well_mixed else ImageProblem)(model, patient, solver)
+        prior = prior_of(problem.parameters, model.joint)
     best = optimiser.optimise(problem, prior, progress)
     p = len(best.z)
     hessian = best.linear.hessian + prior.precision
@@ -139,6 +164,15 @@ def calibrate(
     stuck = [n for n, z, a, b in zip(problem.names, best.z, low, high, strict=True) if z <= a or z >= b]
     if stuck:
         notes.append(f"At its bound: {', '.join(stuck)}. The data ask for a value that the model forbids.")
+    samples = None
+    if isinstance(method, Importance) and isinstance(problem, VolumeProblem):
+        samples = Samples.draw(method, problem, prior, best.z)
+        covariance, evidence = samples.covariance, samples.log_evidence
+        if samples.ess < FEW:
+            notes.append(
+                f"Importance sampling: the {method.draws} draws are worth {samples.ess:.0f} independent ones; raise "
+                "draws for smooth intervals."
+            )
     return Fit(
         model=model,
         patient=patient,
@@ -147,7 +181,7 @@ def calibrate(
         parameters=problem.parameters,
         prior=prior,
         z=best.z,
-        covariance=covariance if isinstance(method, Laplace) else np.zeros((p, p)),
+        covariance=np.zeros((p, p)) if isinstance(method, MAP) else covariance,
         log_likelihood=float(log_likelihood),
         log_evidence=float(evidence),
         count=problem.count,
@@ -157,6 +191,8 @@ def calibrate(
         initial_update=problem.update,
         box=problem.box,
         notes=tuple(notes),
+        samples=samples,
+        noise=problem.noise if isinstance(problem, VolumeProblem) else None,
     )
 
 
@@ -206,10 +242,10 @@ class Comparison:
 
 
 def compare(
-    models: Sequence[ReactionDiffusion],
+    models: Sequence[ReactionDiffusion | Population],
     patient: Patient,
     solver: TorchSolver | None = None,
-    method: MAP | Laplace | None = None,
+    method: MAP | Laplace | Importance | None = None,
 ) -> Comparison:
     """Calibrate several models on the same patient and compare them by evidence, AIC and BIC.
 

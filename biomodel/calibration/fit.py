@@ -1,4 +1,4 @@
-"""The result of a calibration: a Gaussian posterior in transformed coordinates, and what the data informed."""
+"""The result of a calibration: the posterior in transformed coordinates, and what the data informed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from biomodel.calibration.gaussnewton import GaussianPrior
+from biomodel.calibration.importance import Samples
+from biomodel.calibration.volumes import VolumeNoise
 from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Parameter
 from biomodel.patient import Patient
@@ -26,12 +28,16 @@ class Fit:
     parameters : mapping of str to Parameter
         All calibrated parameters: the model's free ones, then those of the initial state and the measurement.
     z, covariance : ndarray, shape (p,) and (p, p)
-        Mean (the MAP estimate) and covariance of the transformed coordinates. A `MAP` fit has zero covariance.
+        MAP estimate and covariance of the transformed coordinates. A `MAP` fit has zero covariance.
     log_evidence, log_likelihood, aic, bic : float
-        Laplace approximation of the log evidence; log-likelihood at the MAP; information criteria (their number of
-        parameters counts only what is calibrated, their number of data the measured voxels or volumes).
+        Log evidence, by Laplace's approximation or the samples; log-likelihood at the MAP; information criteria (their
+        number of parameters counts only what is calibrated, their number of data the measured voxels or volumes).
     initial_update : ndarray or None
         Posterior mean change of the measured initial state on the computing box.
+    samples : Samples or None
+        Weighted posterior draws of an `Importance` fit; otherwise the posterior is Gaussian.
+    noise : VolumeNoise or None
+        Errors of measured volumes, of a patient without images.
     """
 
     model: ReactionDiffusion
@@ -51,6 +57,8 @@ class Fit:
     initial_update: np.ndarray | None = None
     box: tuple[slice, slice, slice] | None = None
     notes: tuple[str, ...] = field(default=())
+    samples: Samples | None = None
+    noise: VolumeNoise | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,9 +108,12 @@ class Fit:
         dict of str to ndarray, shape (draws,)
         """
         rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
-        values, vectors = np.linalg.eigh(self.covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0))
-        z = self.z + rng.standard_normal((draws, len(self.z))) @ root.T
+        if self.samples is not None:
+            z = self.samples.resample(draws, rng)
+        else:
+            values, vectors = np.linalg.eigh(self.covariance)
+            root = vectors * np.sqrt(np.maximum(values, 0))
+            z = self.z + rng.standard_normal((draws, len(self.z))) @ root.T
         found = {}
         for i, (name, p) in enumerate(self.parameters.items()):
             # Bounds are far in the tails; a draw beyond one is set onto it.
@@ -110,13 +121,21 @@ class Fit:
         return found
 
     def table(self) -> list[dict[str, object]]:
-        """One row per parameter: estimate, 90 % interval, unit, shrinkage and whether the data informed it."""
+        """One row per parameter: estimate, 90 % interval, unit, shrinkage and whether the data informed it.
+
+        The estimate is the MAP, or the median of the samples.
+        """
         rows = []
+        if self.samples is not None:
+            low_z, centre, high_z = self.samples.quantile([0.05, 0.5, 0.95])
+        else:
+            centre, reach = self.z, 1.6448536269514722 * self.sd
+            low_z, high_z = centre - reach, centre + reach
         for i, (name, p) in enumerate(self.parameters.items()):
-            low, high = (float(p.prior.to_value(self.z[i] + s * 1.6448536269514722 * self.sd[i])) for s in (-1, 1))
+            low, high = float(p.prior.to_value(low_z[i])), float(p.prior.to_value(high_z[i]))
             share = float(self.sd[i] / self.prior.sd[i])
             rows.append({
-                "name": name, "estimate": float(p.prior.to_value(self.z[i])), "low": low, "high": high,
+                "name": name, "estimate": float(p.prior.to_value(centre[i])), "low": low, "high": high,
                 "units": p.units, "prior_median": float(p.prior.to_value(self.prior.mean[i])),
                 "prior_low": float(p.prior.to_value(self.prior.mean[i] - 1.6448536269514722 * self.prior.sd[i])),
                 "prior_high": float(p.prior.to_value(self.prior.mean[i] + 1.6448536269514722 * self.prior.sd[i])),

@@ -66,8 +66,8 @@ class VolumeNoise:
     def __post_init__(self):
         if len(self.days) != len(self.scale) or not self.days or min(self.scale) <= 0 or self.df <= 2:
             raise CalibrationError(
-                f"VolumeNoise: days {self.days}, scale {self.scale}, df {self.df}; expected one positive scale per day and "
-                "more than 2 degrees of freedom."
+                f"VolumeNoise: days {self.days}, scale {self.scale}, df {self.df}; expected one positive scale per day "
+                "and more than 2 degrees of freedom."
             )
 
     @classmethod
@@ -93,7 +93,7 @@ class VolumeModel:
 
     def __init__(self, model: ReactionDiffusion, parameters: Mapping[str, Parameter], patients: Sequence[Patient],
                  days: np.ndarray, floor: np.ndarray, solver: TorchSolver):  # fmt: skip
-        self.model, self.parameters = model, dict(parameters)
+        self.model, self.parameters, self.solver = model, dict(parameters), solver
         days = np.atleast_2d(np.asarray(days, float))
         schedules = [p.schedule for p in patients]
         if (days == days[0]).all() and all(s is schedules[0] or s == schedules[0] for s in schedules):
@@ -132,7 +132,7 @@ class VolumeModel:
             # Bounds are far in the tails; a draw beyond one is set onto it.
             values[n] = p.prior.to_value(z[:, i], TorchOps).clamp(*p.bounds)
         capacity = values.get(CAPACITY, torch.ones(1, dtype=z.dtype))[:, None]
-        u = (values[VOLUME][:, None] / capacity)
+        u = values[VOLUME][:, None] / capacity
         params = {n: v for n, v in values.items() if n in self.model.parameters}
         flow = self.model.growth.flow
         if flow is None or self.simulation.maps:
@@ -218,7 +218,8 @@ class VolumeProblem:
         self.patient, self.model = patient, model
         self.parameters = dict(parameters or volume_parameters(model, max(volumes[0], patient.volumes.floor)))
         self.names = tuple(self.parameters)
-        self.volume_model = VolumeModel(model, self.parameters, [patient], days, np.array([patient.volumes.floor]), solver)
+        floor = np.array([patient.volumes.floor])
+        self.volume_model = VolumeModel(model, self.parameters, [patient], days, floor, solver)
         self.y = np.log(volumes + patient.volumes.floor)
         self.noise = VolumeNoise.of(patient.volumes) if noise is None else noise
         self.scale, self.df = self.noise.at(days - days[0]), self.noise.df
