@@ -8,7 +8,7 @@ need the stages' values, which are computed again from the stored state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -51,6 +51,19 @@ class Operation:
     h: object
     reaction: int
     output: int
+
+
+@dataclass(eq=False)
+class Record:
+    """What a forward run keeps for its adjoint.
+
+    With `stride` at least the number of operations, the states between diffusion and reaction of all of them; otherwise
+    the state at the start of every `stride`-th operation, from which the rest is computed again.
+    """
+
+    stride: int
+    starts: list = field(default_factory=list)
+    before: list = field(default_factory=list)
 
 
 class ClosedReaction:
@@ -171,10 +184,10 @@ class Evolution:
         like = torch.as_tensor(like)
         return self.kernels.array(c.repeat(repeat).to(like.dtype).to(like.device))
 
-    def _stages(self, op: Operation, u, buffers: list, repeat: int = 1) -> list:
-        """All stage values Y_1 .. Y_s of one diffusion step from Y_0 = u. With four buffers they are used in turn."""
+    def _stages(self, op: Operation, u, buffers: list, repeat: int = 1, but: int = 0) -> list:
+        """Stage values Y_1 .. Y_s of one diffusion step from Y_0 = u, but the last `but`. Four buffers go in turn."""
         found = [u]
-        for j, (p, q, r, s, _) in enumerate(op.rkc):
+        for j, (p, q, r, s, _) in enumerate(op.rkc[: len(op.rkc) - but]):
             y = found[-1]
             c = self._c(op, j, u, repeat=repeat)
             if j == 0:
@@ -190,16 +203,18 @@ class Evolution:
 
     # Runs ------------------------------------------------------------------------------------------------------------
 
-    def forward(self, u0, keep: list | None = None, stride: int = 1) -> list:
-        """States at the outputs, as arrays. With `keep`, every `stride`-th operation's initial state is appended."""
+    def forward(self, u0, record: Record | None = None) -> list:
+        """States at the outputs, as arrays. What a gradient needs is kept in `record`."""
         u = self._copy(u0)
         outputs: list = [None] * len(self.plan.outputs)
         for k in self.initial_outputs:
             outputs[k] = self._copy(u)
         for n, op in enumerate(self.operations):
-            if keep is not None and n % stride == 0:
-                keep.append(self._copy(u))
-            self._advance(op, u, outputs)
+            if record is not None and n % record.stride == 0:
+                record.starts.append(self._copy(u))
+            before = self._advance(op, u, outputs)
+            if record is not None and record.stride >= len(self.operations):
+                record.before.append(self._copy(before))
         return self._fill(outputs)
 
     def _fill(self, outputs: list) -> list:
@@ -211,8 +226,8 @@ class Evolution:
     def _before_reaction(self, op: Operation, u):
         return self._stages(op, u, self._buffers(u, 4, "ring"))[-1] if op.rkc else u
 
-    def _advance(self, op: Operation, u, outputs: list | None) -> None:
-        """Do one operation in place of u."""
+    def _advance(self, op: Operation, u, outputs: list | None):
+        """Do one operation in place of u; the state between diffusion and reaction is returned (a work array)."""
         v = self._before_reaction(op, u)
         if op.reaction >= 0:
             self.reaction.apply(op.reaction, v, u)
@@ -220,43 +235,55 @@ class Evolution:
             u[...] = v
         if op.output >= 0 and outputs is not None:
             outputs[op.output] = self._copy(u)
+        return v
 
-    def adjoint(self, kept: list, stride: int, cotangents: list, want_scale: bool, face_gradient):
+    def adjoint(self, record: Record, cotangents: list, want_scale: bool, face_gradient):
         """Gradient by the initial state; by the scale (returned) and the faces (into `face_gradient`) where asked.
 
         Parameters
         ----------
-        kept : list
-            States before operations 0, stride, 2 stride, ... from `forward`.
+        record : Record
+            Kept by `forward`.
         cotangents : list
             One padded array or None for each output.
         """
-        lam = self.kernels.array(torch.zeros_like(torch.as_tensor(kept[0] if kept else cotangents[0])))
+        like = record.starts[0] if record.starts else cotangents[0]
+        lam = self.kernels.array(torch.zeros_like(torch.as_tensor(like)))
         d_scale = torch.zeros(self.batch, dtype=torch.float64)
         by_output: dict[int, list] = {}
         for k, cotangent in enumerate(cotangents):
             if cotangent is not None:
                 by_output.setdefault(self.repeated[k], []).append(cotangent)
-        for start in range((len(kept) - 1) * stride, -1, -stride):
-            segment = self.operations[start : start + stride]
-            states = [kept[start // stride]]
-            for op in segment[:-1]:
-                nxt = self._copy(states[-1])
-                self._advance(op, nxt, None)
-                states.append(nxt)
-            for op, u in zip(reversed(segment), reversed(states), strict=True):
-                if op.output >= 0:
-                    for cotangent in by_output.get(op.output, ()):
-                        lam += cotangent
-                stages = self._stages(op, u, self._buffers(u, max(len(op.rkc), 4), "stages")) if op.rkc else [u]
+        scratch = self._copy(like)
+        for first in range((len(record.starts) - 1) * record.stride, -1, -record.stride):
+            segment = self.operations[first : first + record.stride]
+            start = record.starts[first // record.stride]
+            before = record.before or self._walk(start, segment)
+            for n in range(len(segment) - 1, -1, -1):
+                op, v = segment[n], before[n]
+                for cotangent in by_output.get(op.output, ()) if op.output >= 0 else ():
+                    lam += cotangent
                 if op.reaction >= 0:
-                    self.reaction.adjoint(op.reaction, lam, stages[-1])
+                    self.reaction.adjoint(op.reaction, lam, v)
                 if op.rkc:
-                    lam = self._diffuse_back(op, lam, [u, *stages], want_scale, d_scale, face_gradient)
+                    u = start
+                    if n > 0:
+                        u = before[n - 1]
+                        if segment[n - 1].reaction >= 0:
+                            self.reaction.apply(segment[n - 1].reaction, u, scratch)
+                            u = scratch
+                    # The step's result is not needed, so neither is its last stage.
+                    values = self._stages(op, u, self._buffers(u, max(len(op.rkc), 4), "stages"), but=1)
+                    lam = self._diffuse_back(op, lam, [u, *values], want_scale, d_scale, face_gradient)
         for k in self.initial_outputs:
             for cotangent in by_output.get(k, ()):
                 lam += cotangent
         return lam, d_scale
+
+    def _walk(self, start, segment: list) -> list:
+        """States between diffusion and reaction of a segment of operations, computed again."""
+        u = self._copy(start)
+        return [self._copy(self._advance(op, u, None)) for op in segment]
 
     def _diffuse_back(self, op: Operation, lam, values, want_scale, d_scale, face_gradient):
         """Adjoint of one diffusion step; `values` are Y_0 .. Y_s, where derivatives by D are wanted."""
@@ -269,9 +296,9 @@ class Evolution:
         newer, current = None, lam
         for j in range(s_count, 0, -1):
             p, q, r, s, _ = rkc[j - 1]
-            if want_scale:
-                c = torch.as_tensor(self._c(op, j - 1, lam, scaled=False)).to("cpu", torch.float64)
-                d_scale += c * torch.as_tensor(self.kernels.energy(current, values[j - 1], self.faces)).cpu()
+            unscaled = op.rkc[j - 1][4] * op.h
+            if want_scale and s_count > 2:
+                d_scale += unscaled * torch.as_tensor(self.kernels.energy(current, values[j - 1], self.faces)).cpu()
             if face_gradient is not None:
                 self.kernels.face_products(face_gradient, current, values[j - 1], self._c(op, j - 1, lam))
             out = next(b for b in pool[:3] if b is not current and b is not newer)
@@ -290,9 +317,13 @@ class Evolution:
                 args = (None, None, None, (0, 0, r, 0))
             else:
                 args = (newer, None, None, (s_next, 0, r, 0))
-            self.kernels.stage(out, current, *args[:3], args[3], c, self.faces)
+            if want_scale and s_count == 2:
+                energy = self.kernels.stage_and_energy(out, current, args[0], values[j - 1], args[3][::2], c, self.faces)
+                d_scale += unscaled * torch.as_tensor(energy).cpu()
+            else:
+                self.kernels.stage(out, current, *args[:3], args[3], c, self.faces)
             newer, current = current, out
-        return self._copy(current) if current is not lam else current
+        return current
 
     def tangents(self, u0, tan, d_scale, d_faces, leaves, take=None):
         """States and tangents at the outputs.

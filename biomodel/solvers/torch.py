@@ -14,7 +14,7 @@ from biomodel.errors import SolverError
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
 from biomodel.solvers.base import Context, check_fields
-from biomodel.solvers.evolution import ClosedReaction, Evolution, PointwiseReaction, directional
+from biomodel.solvers.evolution import ClosedReaction, Evolution, PointwiseReaction, Record, directional
 from biomodel.solvers.kernels import NumbaKernels, TorchKernels
 from biomodel.solvers.plan import TimePlan, breakpoints, make_plan
 from biomodel.solvers.reaction import FLOWS, Course, TorchOps
@@ -672,9 +672,9 @@ class _Evolve(torch.autograd.Function):
             fits = max(1, int(memory // (u0.numel() * u0.element_size())))
             count = len(evolution.operations)
             # Either all states, or every stride-th with the rest computed again segment by segment.
-            ctx.stride = 1 if count <= fits else max(math.ceil(math.sqrt(count)), math.ceil(count / fits))
-            ctx.kept = []
-            outputs = evolution.forward(kernels.array(u0), ctx.kept, ctx.stride)
+            stride = count if count <= fits else max(math.ceil(math.sqrt(count)), math.ceil(count / fits))
+            ctx.record = Record(max(stride, 1))
+            outputs = evolution.forward(kernels.array(u0), ctx.record)
         else:
             outputs = evolution.forward(kernels.array(u0))
         return torch.stack([torch.as_tensor(o) for o in outputs], 1)
@@ -688,11 +688,9 @@ class _Evolve(torch.autograd.Function):
         if ctx.need_faces:
             gradient = [kernels.array(torch.zeros(shape, dtype=grad.dtype, device=grad.device))
                         for shape in ctx.shapes[: ctx.n_faces]]  # fmt: skip
-        if not ctx.kept:
-            ctx.kept = [kernels.array(torch.zeros_like(grad[:, 0]))]
         for total in evolution.reaction.gradients:
             total.zero_()
-        lam, d_scale = evolution.adjoint(ctx.kept, ctx.stride, cotangents, ctx.need_scale, gradient)
+        lam, d_scale = evolution.adjoint(ctx.record, cotangents, ctx.need_scale, gradient)
         face_parts = [torch.as_tensor(g).to(torch.float64) for g in gradient] if gradient else [None] * ctx.n_faces
         leaf_parts = [g.clone() for g in evolution.reaction.gradients]
         return None, None, None, torch.as_tensor(lam), d_scale, *face_parts, *leaf_parts
