@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import gammaln
-from torch.autograd import forward_ad
 
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
@@ -39,7 +38,7 @@ def volume_parameters(model: ReactionDiffusion, first: float) -> dict[str, Param
     found[VOLUME] = Parameter("volume", "cm^3", LogNormal(max(first, 1e-3), 1.0), (1e-6, 1e5),
                               "weak: around the first measured volume", "volume at the first visit")  # fmt: skip
     if not isinstance(model.growth, (Exponential, NoGrowth)):
-        found[CAPACITY] = Parameter("capacity", "cm^3", LogNormal(300.0, 1.0), (1e-2, 1e6),
+        found[CAPACITY] = Parameter("capacity", "cm^3", LogNormal(300.0, 1.0), (1e-6, 1e6),
                                     "weak: volumes at which solid tumours are rarely seen",
                                     "volume at which growth stops")  # fmt: skip
     return found
@@ -167,14 +166,18 @@ class VolumeModel:
         return y.reshape(s, n, -1).numpy().transpose(1, 0, 2)
 
     def jacobian(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values (batch, T) and derivatives (batch, T, p), by one forward-mode run over all directions."""
-        n, p = z.shape
-        direction = torch.eye(p, dtype=torch.float64).repeat_interleave(n, 0)
-        with forward_ad.dual_level():
-            y = self(forward_ad.make_dual(torch.tensor(z).repeat(p, 1), direction))
-            value, slope = forward_ad.unpack_dual(y)
-        slope = torch.zeros_like(value) if slope is None else slope
-        return value[:n].numpy(), slope.reshape(p, n, -1).permute(1, 2, 0).numpy()
+        """Values (batch, T) and derivatives (batch, T, p)."""
+        x = torch.tensor(z, requires_grad=True)
+        y = self(x)
+        # A product with the transpose is linear in its cotangent: differentiated by it, it gives a column of the
+        # Jacobian, so that the passes are as many as parameters, however many times there are.
+        cotangent = torch.zeros_like(y, requires_grad=True)
+        (pulled,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
+        columns = []
+        for k in range(z.shape[1]):
+            (column,) = torch.autograd.grad(pulled[:, k].sum(), cotangent, retain_graph=True, allow_unused=True)
+            columns.append(torch.zeros_like(y) if column is None else column)
+        return y.detach().numpy(), torch.stack(columns, -1).detach().numpy()
 
 
 def t_weights(residual: np.ndarray, scale: np.ndarray, df: float) -> tuple[np.ndarray, np.ndarray]:
