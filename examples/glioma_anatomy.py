@@ -39,9 +39,9 @@ folder.mkdir(parents=True, exist_ok=True)
 # ## The anatomy at 2 mm
 # Blocks of 2 × 2 × 2 voxels are averaged, so that tissues become fractions. The files give each voxel of the brain to
 # one tissue, and almost all of the T1c region to grey matter: the segmentation was made on the tumour itself and says
-# nothing of the tissue that was there. Its voxels are therefore given the tissue of the nearest voxel outside. Swollen
-# white matter is dark like grey matter, too: more than half of the FLAIR region is called grey and left so, since
-# nothing near it says better. There the model spreads too slowly.
+# nothing of the tissue that was there. Its voxels are therefore given the tissue of the nearest brain voxel outside.
+# Swollen white matter is dark like grey matter, too: more than half of the FLAIR region is called grey, and left so
+# since nothing near it says better. There the model spreads too slowly.
 
 
 # %%
@@ -59,8 +59,9 @@ white, grey, core, edema = (load(name) > 0 for name in ("WM", "GM", "tumT1c", "t
 print(f"T1c region {core.sum() / 1e3:.1f} cm³, {100 * (core & grey).sum() / core.sum():.0f} % of it called grey matter")
 print(f"FLAIR region {edema.sum() / 1e3:.1f} cm³; it does not include the T1c region: {not (edema & core).any()}")
 print(f"  {100 * (edema & grey).sum() / edema.sum():.0f} % of it called grey matter")
-nearest = distance_transform_edt(core, return_distances=False, return_indices=True)
-white, grey = (np.where(core, tissue[tuple(nearest)] & (white | grey | core), tissue) for tissue in (white, grey))
+healthy = (white | grey) & ~core
+nearest = distance_transform_edt(~healthy, return_distances=False, return_indices=True)
+white, grey = (np.where(core, tissue[tuple(nearest)], tissue) for tissue in (white, grey))
 white_part, grey_part, core_part = halve(white), halve(grey), halve(core)
 lesion = halve(core | edema) >= 0.5
 brain = white_part + grey_part >= 0.5
