@@ -177,7 +177,7 @@ class Evolution:
         have = self._pool.setdefault(key, [])
         while len(have) < count:
             have.append(self.kernels.array(torch.zeros_like(torch.as_tensor(like))))
-        return have[:count]
+        return have if len(have) == count else have[:count]
 
     def _c(self, op: Operation, j: int, like, scaled: bool = True, repeat: int = 1):
         c = op.rkc[j][4] * op.h * (self.scale.to(op.h.device, op.h.dtype) if scaled else 1.0)
@@ -280,6 +280,14 @@ class Evolution:
                 lam += cotangent
         return lam, d_scale
 
+    @staticmethod
+    def _swap(ring: list, old, new):
+        """Take `new` out of the work arrays and give `old` back in its place: no copy."""
+        for k, buffer in enumerate(ring):
+            if buffer is new:
+                ring[k] = old
+        return new
+
     def _walk(self, start, segment: list) -> list:
         """States between diffusion and reaction of a segment of operations, computed again."""
         u = self._copy(start)
@@ -343,7 +351,7 @@ class Evolution:
         take = take or (lambda k, x: self._copy(x))
         u = self._copy(u0)
         directions = tan.shape[0]
-        flat_shape = (directions * self.batch, *tan.shape[2:])
+        shape, flat = tan.shape, tan.reshape(directions * self.batch, *tan.shape[2:])
         outputs: list = [None] * len(self.plan.outputs)
         moved: list = [None] * len(self.plan.outputs)
         for k in self.initial_outputs:
@@ -352,10 +360,9 @@ class Evolution:
         for op in self.operations:
             if op.rkc:
                 stages = self._stages(op, u, self._buffers(u, max(len(op.rkc), 4), "stages"))
-                flat = tan.reshape(flat_shape)
                 ring = self._buffers(flat, 4, "tangent ring")
-                result = self._stages(op, flat, ring, repeat=directions)[-1]
-                tan[...] = result.reshape(tan.shape)
+                flat = self._swap(ring, flat, self._stages(op, flat, ring, repeat=directions)[-1])
+                tan = flat.reshape(shape)
                 sources = [(None, d_scale)] if scale_moves else []
                 for d, faces in enumerate(d_faces or ()):
                     if faces is not None:
@@ -424,14 +431,16 @@ class Evolution:
 
     def push(self, slopes: list, tan) -> list:
         """Tangents (directions, batch, ...) of the outputs for tangents of the initial state; overwrites `tan`."""
-        directions = tan.shape[0]
+        directions, shape = tan.shape[0], tan.shape
         flat = tan.reshape(directions * self.batch, *tan.shape[2:])
         moved: list = [None] * len(self.plan.outputs)
         for k in self.initial_outputs:
             moved[k] = self._copy(tan)
         for op in self.operations:
             if op.rkc:
-                flat[...] = self._stages(op, flat, self._buffers(flat, 4, "tangent ring"), repeat=directions)[-1]
+                ring = self._buffers(flat, 4, "tangent ring")
+                flat = self._swap(ring, flat, self._stages(op, flat, ring, repeat=directions)[-1])
+                tan = flat.reshape(shape)
             if op.reaction >= 0:
                 tan *= slopes[op.reaction]
             if op.output >= 0:
@@ -442,7 +451,7 @@ class Evolution:
         """Transpose of `push`: cotangents (directions, batch, ...) of the outputs to the initial state."""
         lam = self._copy(cotangents[0])
         lam[...] = 0
-        directions = lam.shape[0]
+        directions, shape = lam.shape[0], lam.shape
         flat = lam.reshape(directions * self.batch, *lam.shape[2:])
         by_output: dict[int, list] = {}
         for k, cotangent in enumerate(cotangents):
@@ -453,7 +462,9 @@ class Evolution:
             if op.reaction >= 0:
                 lam *= slopes[op.reaction]  # its own transpose
             if op.rkc:
-                flat[...] = self._stages(op, flat, self._buffers(flat, 4, "tangent ring"), repeat=directions)[-1]
+                ring = self._buffers(flat, 4, "tangent ring")
+                flat = self._swap(ring, flat, self._stages(op, flat, ring, repeat=directions)[-1])
+                lam = flat.reshape(shape)
         for k in self.initial_outputs:
             for cotangent in by_output.get(k, ()):
                 lam += cotangent
