@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import time
-from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ PLAN = bm.Schedule.weekly("paclitaxel", 1, 12, 80, "mg/m^2", status="planned") +
     doses=tuple(Dose(day, "doxorubicin", 60, "mg/m^2", "planned") for day in (91, 105, 119, 133))
 )
 TARGETS = (2, 3)
+ONE, SEVERAL = "tumorcast, one structure", "tumorcast, structures mixed"
 
 
 def load(folder: Path) -> np.ndarray:
@@ -82,27 +83,52 @@ def scores(x: np.ndarray, w: np.ndarray, seen: np.ndarray) -> np.ndarray:
                      (seen >= q[:, 1]) & (seen <= q[:, 3])], 1)  # fmt: skip
 
 
-def judge(population: Population, patients: list[bm.Patient], logs: np.ndarray, draws: int) -> np.ndarray:
-    """Scores (patients, targets, 4); what lies after the last known visit never reaches the forecast."""
-    found = []
+def predict(population: Population, patients: list[bm.Patient], draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of log(V + floor) at the targets and their weights, (patients, targets, draws).
+
+    What lies after the last known visit never reaches the forecast.
+    """
+    x, w = [], []
     for t in TARGETS:
         posterior = population.posterior([p.until(t) for p in patients], [DAYS[t]], draws=draws)
-        found.append(scores(posterior.measurements()[:, :, 0], posterior.weights, logs[:, t]))
-    return np.stack(found, 1)
+        x.append(posterior.measurements()[:, :, 0])
+        w.append(posterior.weights)
+    return np.stack(x, 1), np.stack(w, 1)
+
+
+def mixed(predictions: list[tuple[np.ndarray, np.ndarray]], shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One set of weighted draws out of those of several models."""
+    return (np.concatenate([x for x, _ in predictions], -1),
+            np.concatenate([s * w for (_, w), s in zip(predictions, shares, strict=True)], -1))  # fmt: skip
+
+
+def judge(x: np.ndarray, w: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    """Scores (patients, targets, 4)."""
+    return np.stack([scores(x[:, k], w[:, k], logs[:, t]) for k, t in enumerate(TARGETS)], 1)
 
 
 def learn(model: bm.ReactionDiffusion, patients: list[bm.Patient], iterations: int, draws: int) -> Population:
     return learn_priors(model, patients, noise_by_visit=True, df=DF, iterations=iterations, draws=draws)
 
 
-def choose(patients: list[bm.Patient], logs: np.ndarray, models: dict[str, bm.ReactionDiffusion]) -> str:
-    """Name of the candidate with the lowest CRPS in three folds of these patients alone."""
-    total = dict.fromkeys(models, 0.0)
+def choose(patients: list[bm.Patient], logs: np.ndarray, models: dict[str, bm.ReactionDiffusion]):
+    """Shares of the candidates that give the lowest CRPS in three folds of these patients alone: for one candidate, and
+    for a mixture of their predictions in steps of a quarter (stacking: Yao et al. 2018, doi:10.1214/17-BA1091)."""
+    parts = [[] for _ in models]
+    order = []
     for train, test in KFold(3, shuffle=True, random_state=0).split(logs):
-        for name, model in models.items():
-            population = learn(model, [patients[i] for i in train], 15, 64)
-            total[name] += judge(population, [patients[i] for i in test], logs[test], 512)[..., 1].sum()
-    return min(total, key=total.__getitem__)
+        order.append(test)
+        for part, model in zip(parts, models.values(), strict=True):
+            part.append(predict(learn(model, [patients[i] for i in train], 15, 64), [patients[i] for i in test], 256))
+    predictions = [tuple(np.concatenate(p) for p in zip(*part, strict=True)) for part in parts]
+    seen = logs[np.concatenate(order)][:, list(TARGETS)]
+
+    def loss(shares):
+        return weighted_crps(*mixed(predictions, np.array(shares)), seen).mean()
+
+    single = min(map(tuple, np.eye(len(models))), key=loss)
+    quarters = [s for s in product(np.arange(5) / 4, repeat=len(models)) if sum(s) == 1]
+    return single, min(quarters, key=loss)
 
 
 def gaussian_crps(mean: np.ndarray, sd: float, seen: np.ndarray) -> np.ndarray:
@@ -130,33 +156,40 @@ def plain(train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.stack(parts, 1) for name, parts in found.items()}
 
 
-def run(volumes: np.ndarray, seed: int) -> tuple[dict[str, np.ndarray], Counter]:
-    """Scores of every predictor in ten folds, and how often each structure was chosen."""
-    logs, patients, chosen = np.log(volumes + FLOOR), patients_of(volumes), Counter()
-    models = candidates()
+def run(volumes: np.ndarray, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Scores of every predictor in ten folds, and the mean shares of the structures."""
+    logs, patients, models = np.log(volumes + FLOOR), patients_of(volumes), candidates()
+    used: dict[str, list] = {ONE: [], SEVERAL: []}
     found: dict[str, np.ndarray] = {}
     for k, (train, test) in enumerate(KFold(10, shuffle=True, random_state=seed).split(logs)):
         mine = [patients[i] for i in train]
-        name = choose(mine, logs[train], models)
-        chosen[name] += 1
-        here = {"tumorcast": judge(learn(models[name], mine, 40, 128), [patients[i] for i in test], logs[test], 2048)}
+        shares = dict(zip(used, choose(mine, logs[train], models), strict=True))
+        needed = [i for i in range(len(models)) if any(s[i] for s in shares.values())]
+        fitted = [learn(list(models.values())[i], mine, 40, 128) for i in needed]
+        predictions = [predict(population, [patients[i] for i in test], 2048) for population in fitted]
+        here = {}
+        for name, share in shares.items():
+            used[name].append(share)
+            here[name] = judge(*mixed(predictions, np.array(share)[needed]), logs[test])
         for predictor, values in {**here, **plain(logs[train], logs[test])}.items():
             found.setdefault(predictor, np.full((len(logs), 2, 4), np.nan))[test] = values
-        print(f"  seed {seed}, fold {k + 1}: {name}", file=sys.stderr, flush=True)
-    return found, chosen
+        print(f"  seed {seed}, fold {k + 1} of 10", file=sys.stderr, flush=True)
+    return found, {name: np.mean(share, 0) for name, share in used.items()}
 
 
-def table(found: dict[str, np.ndarray], chosen: Counter, seed: int) -> None:
+def table(found: dict[str, np.ndarray], used: dict[str, np.ndarray], seed: int) -> None:
     n = len(found["ridge"])
     print(f"\nfolds of seed {seed}; {n} patients; errors of log(FTV + {FLOOR:g} cm³)")
-    print(f"{'':20s}{'MAE T2':>8s}{'MAE T3':>8s}{'CRPS T2':>9s}{'CRPS T3':>9s}{'pooled':>8s}{'90 % covers':>13s}"
+    print(f"{'':28s}{'MAE T2':>8s}{'MAE T3':>8s}{'CRPS T2':>9s}{'CRPS T3':>9s}{'pooled':>8s}{'90 % covers':>13s}"
           f"{'50 % covers':>13s}{'CRPS - ridge (pooled)':>24s}")  # fmt: skip
     for name, r in found.items():
         m, d = r.mean(0), (r - found["ridge"])[..., 1].mean(1)
         cover = f"{m[:, 2].mean():13.3f}{m[:, 3].mean():13.3f}" if np.isfinite(m[:, 2]).all() else " " * 26
-        print(f"{name:20s}{m[0, 0]:8.3f}{m[1, 0]:8.3f}{m[0, 1]:9.4f}{m[1, 1]:9.4f}{m[:, 1].mean():8.4f}{cover}"
+        print(f"{name:28s}{m[0, 0]:8.3f}{m[1, 0]:8.3f}{m[0, 1]:9.4f}{m[1, 1]:9.4f}{m[:, 1].mean():8.4f}{cover}"
               f"{d.mean():+15.4f} ± {d.std() / n**0.5:.4f}")  # fmt: skip
-    print("chosen inside the training folds: " + ", ".join(f"{k} in {v}" for k, v in chosen.most_common()))
+    for name, share in used.items():
+        parts = ", ".join(f"{k} {s:.0%}" for k, s in zip(candidates(), share, strict=True))
+        print(f"{name}, chosen inside the training folds (mean of folds): {parts}")
 
 
 def main() -> None:

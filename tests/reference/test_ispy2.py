@@ -34,7 +34,7 @@ def found(bench, data_dir):
     scores = {}
     for train, test in list(KFold(3, shuffle=True, random_state=0).split(logs))[:2]:
         population = bench.learn(model, [patients[i] for i in train], 15, 64)
-        here = {"tumorcast": bench.judge(population, [patients[i] for i in test], logs[test], 512)}
+        here = {"tumorcast": bench.judge(*bench.predict(population, [patients[i] for i in test], 512), logs[test])}
         for name, values in {**here, **bench.plain(logs[train], logs[test])}.items():
             scores.setdefault(name, []).append(values)
     return {name: np.concatenate(parts) for name, parts in scores.items()}

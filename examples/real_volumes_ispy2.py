@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 6. A real patient, with priors learned from real patients
+# # A real patient, with priors learned from real patients
 #
 # Functional tumour volumes of 384 patients of the I-SPY 2 trial (Li et al. 2020, doi:10.1038/s41523-020-00203-7; TCIA
 # collection ISPY2). We hold one patient out, learn priors and noise from the others, forecast the two later visits from
