@@ -20,8 +20,6 @@ from biomodel.schedule import Schedule
 
 #: Most bytes of states held at once while draws are simulated.
 BLOCK = 2.5e8
-#: Days between points of the volume curves.
-CURVE_STEP = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class Forecast:
     ----------
     data : xarray.Dataset
         At the requested times: `cell_fraction` (draw, time, z, y, x; float32, on the computing box), `volume` (draw,
-        time; cm³), `cells`, `longest_diameter` (mm), and `probability` (time, z, y, x) that a voxel is visible tumour.
+        time; cm³), `cells` (in visible tumour, as an observation counts them), `longest_diameter` (mm), and `probability` (time, z, y, x) that a voxel is visible tumour.
         A patient without images has `volume` and `measured_volume` (with the measurement's noise) only.
     curves : xarray.Dataset
         `volume` and `cells` (draw, day) on a finer time axis.
@@ -92,6 +90,7 @@ def forecast(
     seed: int = 0,
     times: Sequence[float] | None = None,
     schedule: Schedule | None = None,
+    curve_step: float = 1.0,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Forecast:
     """Forecast the tumour.
@@ -109,6 +108,8 @@ def forecast(
     schedule : Schedule, optional
         Another schedule than the patient's (what-if). What was given before the last calibrated visit should stay in
         it, as the calibration assumed it.
+    curve_step : float
+        Days between points of `curves`.
     progress : callable, optional
         Wraps the iteration over blocks of draws, for a progress bar.
 
@@ -132,10 +133,12 @@ def forecast(
     days = np.unique(np.array([*times, *([until] if until is not None else [])], float))
     if not np.isfinite(days).all() or days[0] < first:
         raise InputError(f"forecast: times {days.tolist()} must be finite and not before the first visit, day {first:g}.")
+    if not curve_step > 0:
+        raise InputError(f"forecast: curve_step is {curve_step}; expected a positive number of days.")
     if draws < 1:
         raise InputError(f"forecast: draws is {draws}; expected at least 1.")
     schedule = patient.schedule if schedule is None else schedule
-    curve = np.unique(np.concatenate((np.arange(first, days[-1], CURVE_STEP), days)))
+    curve = np.unique(np.concatenate((np.arange(first, days[-1], curve_step), days)))
     run = _volumes if patient.domain.well_mixed else _images
     data, curves, box, notes = run(fit, days, curve, draws, seed, schedule, progress)
     for axis in (data["time"], curves["day"]):
@@ -164,6 +167,10 @@ def initial_states(fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np
         u0 = u0 + full[box]
     if rng is not None and crop.sd is not None:
         u0 = u0 + rng.standard_normal(u0.shape) * (crop.sd * crop.region)
+    if crop.fraction is not None:
+        # A voxel of the region was seen as tumour: what a draw takes below the visible fraction is reflected there.
+        low = crop.region & (u0 < initial.visible)
+        u0 = np.where(low, 2 * initial.visible - u0, u0)
     return np.maximum(u0, 0.0) * domain.mask
 
 
@@ -204,7 +211,7 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
             continue
         visible_now = u >= visible
         volume[part] = visible_now.sum((2, 3, 4)) * domain.voxel_volume / 1e3
-        cells[part] = (u * domain.mask).sum((2, 3, 4)) * theta
+        cells[part] = (u * visible_now).sum((2, 3, 4)) * theta
         maps[part] = u[:, at]
         reached = max(reached, float(u[..., faces].max()) if faces.any() else 0.0)
         for i in range(part.stop - part.start):

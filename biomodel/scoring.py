@@ -163,15 +163,18 @@ def score(forecast: Forecast, patient: Patient) -> Score:
     return Score(tuple({n: _plain(r.get(n)) for n in names} for r in rows))
 
 
-def _compare_maps(predicted: np.ndarray, tumour: np.ndarray, seen, domain, theta: float) -> dict[str, object]:
+def _compare_maps(predicted: np.ndarray, tumour: np.ndarray, seen, domain) -> dict[str, object]:
     union = (tumour | seen.region) & domain.mask
     row: dict[str, object] = {"dice": dice(tumour, seen.region)}
     if seen.fraction is not None and union.any():
         x, y = predicted[union], np.where(seen.region, seen.fraction, 0.0)[union]
         row |= {"ccc": concordance(x, y), "pearson": pearson(x, y), "rmse": float(np.sqrt(np.mean((x - y) ** 2)))}
-        cells = float(np.sum(seen.fraction * seen.region))
-        row["cells_error"] = _relative(float(np.sum(predicted * tumour)), cells)
     return row
+
+
+def _cells(seen) -> float:
+    """Cells seen, in units of a full voxel."""
+    return float(np.sum(seen.fraction * seen.region))
 
 
 def _maps(forecast: Forecast, patient: Patient, visit, index: int) -> dict[str, object]:
@@ -184,8 +187,11 @@ def _maps(forecast: Forecast, patient: Patient, visit, index: int) -> dict[str, 
     mean[box] = forecast.data["cell_fraction"].isel(time=index).mean("draw").values
     tumour = np.zeros(whole.shape, bool)
     tumour[box] = forecast.data["probability"].isel(time=index).values >= 0.5
-    row = _compare_maps(mean, tumour, seen, whole, theta)
+    row = _compare_maps(mean, tumour, seen, whole)
     observed = visit.longest_diameter or longest_diameter(seen.region, whole.spacing)
+    if seen.fraction is not None:
+        predicted = float(forecast.data["cells"].isel(time=index).median())
+        row["cells_error"] = _relative(predicted, _cells(seen) * theta)
     row["diameter_error"] = _relative(float(forecast.data["longest_diameter"].isel(time=index).median()), observed)
     return row
 
@@ -196,7 +202,9 @@ def _carried(forecast: Forecast, patient: Patient, visit) -> dict[str, object]:
     if seen is None or before is None:
         return {}
     fraction = np.where(before.region, 0.0 if before.fraction is None else before.fraction, 0.0)
-    row = _compare_maps(fraction, before.region, seen, patient.domain, forecast.data.attrs["theta"])
+    row = _compare_maps(fraction, before.region, seen, patient.domain)
+    if before.fraction is not None and seen.fraction is not None:
+        row["cells_error"] = _relative(_cells(before), _cells(seen))
     diameters = [longest_diameter(s.region, patient.domain.spacing) for s in (before, seen)]
     row["diameter_error"] = _relative(diameters[0], visit.longest_diameter or diameters[1])
     return row

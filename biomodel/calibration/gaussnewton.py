@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from biomodel.errors import CalibrationError, SolverError
-from biomodel.parameters import Parameter
+from biomodel.parameters import LogNormal, Parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,22 @@ class Optimum:
     converged: bool
 
 
+def along_values(parameters: dict[str, Parameter]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Steps that are straight in the values of log-normal parameters, not in their logarithms.
+
+    Two treatments given together act through the sum of their effects: a straight valley in the values, a strongly
+    curved one in the logarithms, along which steps straight in the logarithms crawl.
+    """
+    log = np.array([isinstance(p.prior, LogNormal) for p in parameters.values()])
+
+    def move(z: np.ndarray, step: np.ndarray) -> np.ndarray:
+        return z + np.where(log, np.log1p(np.maximum(step, -0.9)), step)
+
+    return move
+
+
 def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, iterations: int, tolerance: float,
+             move: Callable[[np.ndarray, np.ndarray], np.ndarray],
              progress: Callable[[str], None] | None = None) -> Optimum:  # fmt: skip
     """Minimise data objective + prior by Levenberg-Marquardt.
 
@@ -67,12 +82,16 @@ def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, i
     linearise : callable
         z -> object with `objective`, `gradient`, `hessian` of the data and ``trial(z)``.
     tolerance : float
-        Stop where the step is below this many posterior standard deviations in every direction.
+        Stop where the optimum is nearer than this many posterior standard deviations (Mahalanobis distance).
+
+    move : callable
+        (z, step) -> another point at that step, tried before z + step (see `along_values`).
 
     Notes
     -----
     A trial point whose objective is not finite is refused and the damping raised, as for one that is no improvement.
-    The damping scales the prior's precision: a step of length one prior standard deviation is natural.
+    The damping is in units of the prior's precision: it shortens steps along directions that only the prior informs,
+    where the model is most curved, and leaves alone those that the data fix.
     """
     low, high = limits
     precision = prior.precision
@@ -86,40 +105,45 @@ def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, i
         linear = linearise(z)
     except SolverError as error:
         raise CalibrationError(f"the model cannot be evaluated at the starting point: {error}") from error
-    damping = 1e-3
+    damping = 1e-2
+    scaling = np.diag(precision)
     for iteration in range(1, iterations + 1):
         gradient = linear.gradient + precision @ (z - prior.mean)
         hessian = linear.hessian + precision
         now = linear.objective + penalty(z)
         # Coordinates held at a bound by the gradient do not move.
         free = ~(((z <= low) & (gradient > 0)) | ((z >= high) & (gradient < 0)))
+        newton = np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
+        distance = float(np.sqrt(max(gradient[free] @ newton, 0.0)))
+        if progress:
+            progress(f"iteration {iteration}: objective {now:.6g}, {distance:.2g} sd from the optimum")
+        if distance < tolerance:
+            return Optimum(z, now, linear, iteration, True)
         accepted = False
-        for _ in range(12):
-            matrix = hessian[np.ix_(free, free)] + damping * np.diag(np.diag(hessian)[free])
+        for _ in range(14):
+            matrix = hessian[np.ix_(free, free)] + damping * np.diag(scaling[free])
             step = np.zeros_like(z)
             step[free] = -np.linalg.solve(matrix, gradient[free])
             longest = np.max(np.abs(step) / prior.sd)
             if longest > 3.0:
                 step *= 3.0 / longest
-            trial = np.clip(z + step, low, high)
-            small = np.max(np.abs(trial - z) * np.sqrt(np.diag(hessian))) < tolerance
-            try:
-                value = linear.trial(trial) + penalty(trial)
-            except SolverError:
-                value = np.inf
-            if np.isfinite(value) and value <= now + 1e-12 * abs(now):
-                accepted = True
+            for trial in (np.clip(move(z, step), low, high), np.clip(z + step, low, high)):
+                try:
+                    value = linear.trial(trial) + penalty(trial)
+                except SolverError:
+                    value = np.inf
+                if np.isfinite(value) and value <= now + 1e-12 * abs(now):
+                    accepted = True
+                    break
+            if accepted:
                 break
-            if small:
-                break
-            damping = max(4 * damping, 1e-3)
-        if progress:
-            progress(f"iteration {iteration}: objective {now:.6g}")
+            damping = max(10 * damping, 1e-2)
         if not accepted:
-            return Optimum(z, now, linear, iteration, True)
+            return Optimum(z, now, linear, iteration, distance < 1.0)
         z = trial
-        damping = max(damping / 5, 1e-9)
+        damping = max(damping / 10, 1e-6)
         linear = linearise(z)
-        if small:
+        if now - value < 0.5 * tolerance**2:
+            # What is left is less than the tolerance in units of the log posterior.
             return Optimum(z, linear.objective + penalty(z), linear, iteration, True)
     return Optimum(z, linear.objective + penalty(z), linear, iterations, False)

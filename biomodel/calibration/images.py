@@ -385,7 +385,7 @@ class Weights:
         carried = self.linear.push(torch.tensor(self.pulled(x)[:, None]))[:, 0].numpy()[:, self.problem.rows]
         return self.variance * x + carried * self.active
 
-    def solve(self, b: np.ndarray, rtol: float = 1e-4, limit: int = 60) -> np.ndarray:
+    def solve(self, b: np.ndarray, rtol: float = 1e-3, limit: int = 60) -> np.ndarray:
         """C^-1 b for rows of b, (m, n), by conjugate gradients preconditioned with R."""
         b = b * self.active
         if self.linear is None:
