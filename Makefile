@@ -48,6 +48,7 @@ BENCH := $(VENV)/.stamp-bench
 NOTEBOOK := $(VENV)/.stamp-notebooks
 
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes a minute or more."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
@@ -63,7 +64,6 @@ $(EXAMPLE)/patient/patient.json: | $(CORE)
 forecast: $(CORE) $(EXAMPLE)/patient/patient.json
 	$(BIN)/tumorcast forecast $(EXAMPLE)/patient --calibrate-on 2 --draws 200 --seed 0 --out $(EXAMPLE)/forecast
 	@test -s $(EXAMPLE)/forecast/report.html
-	@echo "Report: $(abspath $(EXAMPLE)/forecast/report.html)"
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 

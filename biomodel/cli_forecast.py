@@ -140,7 +140,7 @@ def _visits(outcome: Outcome, patient: Patient) -> tuple[str, Table]:
     last = known.visits[-1]
     title = f"{patient.id}: tumour volume (cm³) forecast from visits 1 to {last.number} (day {last.day:g})"
     table = Table()
-    for name in ("day", "visit", "median", "90 % interval", "seen", "unchanged"):
+    for name in ("day", "visit", "median", "90 % interval", "none visible", "seen", "unchanged"):
         table.add_column(name, justify="right")
     unchanged = next((v for v in map(known.volume_of, reversed(known.visits)) if v is not None), None)
     visits = {visit.day: visit for visit in patient.visits}
@@ -153,10 +153,18 @@ def _visits(outcome: Outcome, patient: Patient) -> tuple[str, Table]:
             f"{day:g}",
             "" if visit is None else str(visit.number),
             *_interval(outcome.forecast, day),
+            f"{_gone(outcome.forecast, day):.0%}",
             "" if seen is None else f"{seen:.3g}",
             "" if unchanged is None else f"{unchanged:.3g}",
         )
     return title, table
+
+
+def _gone(forecast: Forecast, day: float) -> float:
+    """Probability that no visible tumour is left on a day."""
+    known = forecast.fit.patient
+    floor = known.volumes.floor if known.domain.well_mixed else 0.0
+    return float((forecast["volume"].sel(time=day) <= floor).mean())
 
 
 def _plans(outcome: Outcome) -> tuple[str, Table]:

@@ -205,7 +205,7 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
             extreme = {n: torch.tensor(np.quantile(values[n], [0.5, 0.95])) for n in model.free}
             plan = simulation.plan(extreme, torch.tensor(u0[:1]), curve)
         try:
-            u = simulation(params, torch.tensor(u0), curve, plan=plan).numpy()
+            u = simulation(params, torch.tensor(u0), curve, plan=plan).cpu().numpy()
         except SolverError:
             failed.extend(range(part.start, part.stop))
             continue
@@ -225,11 +225,13 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     if reached > visible / 4:
         notes.append(f"The tumour reaches the edge of the computing box (cell fraction {reached:.2f} there).")
     keep = np.setdiff1d(np.arange(draws), failed)
+    if failed:
+        maps = maps[keep]
     coords = {"draw": keep, "time": days, **{k: ("zyx"["zyx".index(k)], v) for k, v in domain.coords.items()}}
     data = xr.Dataset(
         {
-            "cell_fraction": (("draw", "time", "z", "y", "x"), maps[keep]),
-            "probability": (("time", "z", "y", "x"), (maps[keep] >= visible).mean(0).astype(np.float32)),
+            "cell_fraction": (("draw", "time", "z", "y", "x"), maps),
+            "probability": (("time", "z", "y", "x"), _share(maps, visible)),
             "volume": (("draw", "time"), volume[keep][:, at]),
             "cells": (("draw", "time"), cells[keep][:, at]),
             "longest_diameter": (("draw", "time"), diameter[keep]),
@@ -246,6 +248,11 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     _units(data)
     _units(curves)
     return data, curves, box, notes
+
+
+def _share(maps: np.ndarray, visible: float) -> np.ndarray:
+    """Share of draws at or above the visible fraction, time by time to spare memory."""
+    return np.stack([(maps[:, t] >= visible).mean(0) for t in range(maps.shape[1])]).astype(np.float32)
 
 
 def _outer_faces(domain, whole, box) -> np.ndarray:

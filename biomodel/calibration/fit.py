@@ -83,7 +83,7 @@ class Fit:
     @property
     def identified(self) -> tuple[str, ...]:
         """Parameters whose posterior sd is below half of their prior sd."""
-        return tuple(n for n, s in self.shrinkage.items() if s < IDENTIFIED)
+        return tuple(n for n, s in self.shrinkage.items() if 0 < s < IDENTIFIED)
 
     @property
     def aic(self) -> float:
@@ -139,8 +139,8 @@ class Fit:
                 "units": p.units, "prior_median": float(p.prior.to_value(self.prior.mean[i])),
                 "prior_low": float(p.prior.to_value(self.prior.mean[i] - 1.6448536269514722 * self.prior.sd[i])),
                 "prior_high": float(p.prior.to_value(self.prior.mean[i] + 1.6448536269514722 * self.prior.sd[i])),
-                "shrinkage": share, "informed_by": "data" if share < IDENTIFIED else
-                ("data and prior" if share < 0.9 else "prior"),
+                "shrinkage": share, "informed_by": "not computed" if share == 0 else "data" if
+                share < IDENTIFIED else ("data and prior" if share < 0.9 else "prior"),
                 "description": p.description, "source": p.source,
             })  # fmt: skip
         return rows

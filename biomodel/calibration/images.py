@@ -164,7 +164,8 @@ class ImageProblem:
         seen = [s for s in (observe(patient, v) for v in patient.visits) if s is not None]
         if not seen or not seen[0].region.any():
             raise CalibrationError(
-                f"patient {patient.id}: no tumour region at the first visit; there is nothing to calibrate."
+                f"patient {patient.id}: no tumour region at the first visit; there is nothing to calibrate. Start the "
+                "record at the first visit where tumour was segmented."
             )
         if len(seen) < 2:
             raise CalibrationError(
@@ -259,7 +260,7 @@ class ImageProblem:
         self.coarse_plan = self.rough.plan(*arguments)
         if "grid.error" in self.names:
             self.solves += 9
-            self.grid_error = self.simulation.grid_error(*arguments, plan=self.plan).numpy()[self.rows]
+            self.grid_error = self.simulation.grid_error(*arguments, plan=self.plan).cpu().numpy()[self.rows]
 
     def _residual(self, predicted: np.ndarray, values: dict) -> tuple[np.ndarray, np.ndarray]:
         """Residuals (n,) and the rows that count."""
@@ -272,7 +273,7 @@ class ImageProblem:
     def _predict(self, values: dict) -> np.ndarray:
         """Predicted rows, with the estimated error of the grid."""
         self.solves += 1
-        u = self.simulation(*self._arguments(values), plan=self.plan)[0].numpy()[self.rows]
+        u = self.simulation(*self._arguments(values), plan=self.plan)[0].cpu().numpy()[self.rows]
         return u + values.get("grid.error", 0.0) * self.grid_error
 
     def residual(self, z: np.ndarray) -> np.ndarray:
@@ -308,12 +309,12 @@ class ImageProblem:
             params, u0, times, [wrt[i] for i in moving], plan=self.plan, du0=torch.tensor(du0[moving]), rows=self.rows
         )
         self.solves += 1 + len(moving)
-        predicted = u[0].numpy() + values.get("grid.error", 0.0) * self.grid_error
+        predicted = u[0].cpu().numpy() + values.get("grid.error", 0.0) * self.grid_error
         residual, active = self._residual(predicted, values)
         jacobian = np.zeros((len(self.names), len(residual)))
         if "grid.error" in self.names:
             jacobian[self.names.index("grid.error")] = self.grid_error
-        for i, d in zip(moving, du[:, 0].numpy(), strict=True):
+        for i, d in zip(moving, du[:, 0].cpu().numpy(), strict=True):
             jacobian[i] = d
         for t, s in enumerate(self.later):
             if shift_name(s.number) in self.names:
@@ -371,18 +372,18 @@ class Weights:
     def pulled(self, x: np.ndarray) -> np.ndarray:
         """R0 J' x: (m, n) to (m, z, y, x)."""
         self.problem.solves += len(x)
-        return self.linear.pull(self._scatter(x))[:, 0].numpy() * self.problem.initial_variance
+        return self.linear.pull(self._scatter(x))[:, 0].cpu().numpy() * self.problem.initial_variance
 
     def carried(self, update: np.ndarray) -> np.ndarray:
         """J update on the rows that count, (n,)."""
         if self.linear is None:
             return np.zeros(len(self.active))
-        return self.linear.push(torch.tensor(update[None, None]))[0, 0].numpy()[self.problem.rows] * self.active
+        return self.linear.push(torch.tensor(update[None, None]))[0, 0].cpu().numpy()[self.problem.rows] * self.active
 
     def covariance(self, x: np.ndarray) -> np.ndarray:
         """C x for rows of x, (m, n)."""
         self.problem.solves += len(x)
-        carried = self.linear.push(torch.tensor(self.pulled(x)[:, None]))[:, 0].numpy()[:, self.problem.rows]
+        carried = self.linear.push(torch.tensor(self.pulled(x)[:, None]))[:, 0].cpu().numpy()[:, self.problem.rows]
         return self.variance * x + carried * self.active
 
     def solve(self, b: np.ndarray, rtol: float = 1e-3, limit: int = 60) -> np.ndarray:

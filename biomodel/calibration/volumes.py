@@ -211,8 +211,13 @@ class VolumeProblem:
     def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver,
                  parameters: Mapping[str, Parameter] | None = None, noise: VolumeNoise | None = None):  # fmt: skip
         days, volumes = measured(patient)
-        if len(days) < 1 or patient.volumes is None:
+        if len(days) < 1:
             raise CalibrationError(f"patient {patient.id}: no visit has a volume; there is nothing to calibrate.")
+        if patient.volumes is None:
+            raise CalibrationError(
+                f"patient {patient.id}: visits have volumes, but their noise is not told; add 'volumes' with cv and floor "
+                "to the manifest, or take patient.without_images(cv=..., floor=...)."
+            )
         if not (volumes > patient.volumes.floor).any():
             raise CalibrationError(
                 f"patient {patient.id}: no volume above the detection floor of {patient.volumes.floor:g} cm³; there is "

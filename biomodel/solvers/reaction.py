@@ -42,7 +42,7 @@ class TorchOps:
 
     @classmethod
     def where(cls, condition, x, y):
-        return torch.where(condition, cls._tensor(x), cls._tensor(y))
+        return torch.where(torch.as_tensor(condition), cls._tensor(x), cls._tensor(y))
 
     @staticmethod
     def xlogx(u):
