@@ -75,7 +75,8 @@ def check_term(term: Term, fields: dict[str, float] | None = None) -> None:
         drug = given.get(term.map, 1.0) if term.map else 1.0
 
         def at(day: float) -> dict:
-            level, exposure = zip(*(term.kinetics(np.float64(day), values, NumpyOps, a) for a in term.agents), strict=True)
+            each = (term.kinetics(np.float64(day), values, NumpyOps, a) for a in term.agents)
+            level, exposure = zip(*each, strict=True)
             return {**given, "level": dict(zip(term.agents, level, strict=True)), "map": drug,
                     "exposure": dict(zip(term.agents, exposure, strict=True))}  # fmt: skip
 

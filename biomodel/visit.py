@@ -124,7 +124,9 @@ class VolumeSettings:
             require(good, f"volumes: {name} is {value!r}; expected a number.")
             object.__setattr__(self, name, float(value))
         require(0 < self.cv < 2, f"volumes: cv {self.cv:g}; expected a fraction above 0 and below 2.")
-        require(0 < self.floor <= 100, f"volumes: floor {self.floor:g} cm³; expected above 0 to 100 cm³. Check its units.")
+        require(
+            0 < self.floor <= 100, f"volumes: floor {self.floor:g} cm³; expected above 0 to 100 cm³. Check its units."
+        )
         require(self.df > 2, f"volumes: df {self.df:g}; expected more than 2, so that the errors have a variance.")
 
     @property

@@ -86,13 +86,15 @@ class MAP:
         problem.replan(best.z)
         if not self.marginalise:
             return minimise(
-                lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, self.tolerance, move, progress
-            )
+                lambda z: problem.linearise(z, False),
+                best.z, prior, limits, self.iterations, self.tolerance, move, progress,
+            )  # fmt: skip
         spent = best.iterations
         for _ in range(REFINEMENTS):
             best = minimise(
-                lambda z: problem.linearise(z, True), best.z, prior, limits, self.iterations, self.tolerance, move, progress
-            )
+                lambda z: problem.linearise(z, True),
+                best.z, prior, limits, self.iterations, self.tolerance, move, progress,
+            )  # fmt: skip
             spent += best.iterations
             if problem.refine(best.linear) < 0.1:
                 break

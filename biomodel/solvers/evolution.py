@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from biomodel.solvers.kernels import rkc_coefficients, rkc_stages
 from biomodel.solvers.plan import TimePlan
+
+#: An array of the kernels: numpy or torch.
+Array = Any
 
 
 def directional(function, inputs: Sequence[torch.Tensor], directions) -> list[list[torch.Tensor]]:
@@ -47,8 +51,8 @@ def directional(function, inputs: Sequence[torch.Tensor], directions) -> list[li
 class Operation:
     """Diffuse for `h` (per batch member) in the stages of `rkc`, then react (step `reaction`, -1 for none)."""
 
-    rkc: list[tuple[float, ...]]
-    h: object
+    rkc: list[tuple[float, float, float, float, float]]
+    h: torch.Tensor
     reaction: int
     output: int
 
@@ -75,22 +79,22 @@ class ClosedReaction:
         self.a, self.b = columns
         self.gradients = [torch.zeros(a.shape, dtype=torch.float64) for _ in range(2)]
 
-    def apply(self, i, u, out):
+    def apply(self, i, u, out) -> None:
         self.kernels.bernoulli(out, u, self.a[i], self.b[i])
 
-    def adjoint(self, i, lam, u):
+    def adjoint(self, i, lam, u) -> None:
         """Pull `lam` back through step i at the state u before it; the coefficients' gradients accumulate."""
         sums = torch.as_tensor(self.kernels.bernoulli_adjoint(lam, u, self.a[i], self.b[i])).cpu()
         for k in range(2):
             self.gradients[k][:, i] += sums[:, k]
 
-    def tangent(self, i, tan, u, leaves):
+    def tangent(self, i, tan, u, leaves) -> None:
         """Push tangents (directions, batch, ...) through step i; `leaves` are tangents of a and b."""
         like = torch.as_tensor(tan)
         da, db = (self.kernels.array(leaf[:, :, i].to(like.dtype).to(like.device).contiguous()) for leaf in leaves)
         self.kernels.bernoulli_tangent(tan, u, self.a[i], self.b[i], da, db)
 
-    def slope(self, i, u):
+    def slope(self, i, u) -> Array:
         """Derivative of step i by the state, voxel by voxel, at the state u before it."""
         a, b = (torch.as_tensor(c[i]).reshape(-1, 1, 1, 1) for c in (self.a, self.b))
         return self.kernels.array(a / (1 + b * self.kernels.tensor(u)) ** 2)
@@ -104,11 +108,11 @@ class PointwiseReaction:
         self.leaves = [leaf.detach() for leaf in leaves]
         self.gradients = [torch.zeros_like(leaf) for leaf in self.leaves]
 
-    def apply(self, i, u, out):
+    def apply(self, i, u, out) -> None:
         with torch.no_grad():
             self.kernels.tensor(out).copy_(self.function(i, self.kernels.tensor(u), self.leaves))
 
-    def adjoint(self, i, lam, u):
+    def adjoint(self, i, lam, u) -> None:
         lam = self.kernels.tensor(lam)
         with torch.enable_grad():
             inputs = [self.kernels.tensor(u).clone().requires_grad_()]
@@ -120,14 +124,14 @@ class PointwiseReaction:
             if part is not None:
                 total += part
 
-    def tangent(self, i, tan, u, leaves):
+    def tangent(self, i, tan, u, leaves) -> None:
         tan, u = self.kernels.tensor(tan), self.kernels.tensor(u)
         moves = [[tan[d].clone(), *(leaf[d] for leaf in leaves)] for d in range(tan.shape[0])]
         moved = directional(lambda v, *rest: [self.function(i, v, rest)], [u.clone(), *self.leaves], moves)
         for d, (change,) in enumerate(moved):
             tan[d].copy_(change)
 
-    def slope(self, i, u):
+    def slope(self, i, u) -> Array:
         with torch.enable_grad():
             u = self.kernels.tensor(u).clone().requires_grad_()
             out = self.function(i, u, self.leaves)
@@ -158,11 +162,11 @@ class Evolution:
         done = {count: k for k, count in enumerate(plan.outputs)}
         h_rows = np.diff(plan.edges, axis=1)
         count = 0
-        for h, reaction_step in steps:
+        for duration, reaction_step in steps:
             count += reaction_step >= 0
-            stages = rkc_stages(float(h.max()) * radius) if faces is not None else 0
+            stages = rkc_stages(float(duration.max()) * radius) if faces is not None else 0
             output = done[count] if reaction_step < 0 else -1
-            h = torch.tensor(np.broadcast_to(h, (self.batch,)).copy())
+            h = torch.tensor(np.broadcast_to(duration, (self.batch,)).copy())
             self.operations.append(Operation(rkc_coefficients(stages) if stages else [], h, reaction_step, output))
         self.initial_outputs = [k for k, n in enumerate(plan.outputs) if n == 0]
         self.repeated = {k: done[n] for k, n in enumerate(plan.outputs)}
@@ -187,6 +191,7 @@ class Evolution:
     def _stages(self, op: Operation, u, buffers: list, repeat: int = 1, but: int = 0) -> list:
         """Stage values Y_1 .. Y_s of one diffusion step from Y_0 = u, but the last `but`. Four buffers go in turn."""
         found = [u]
+        args: tuple  # three arrays or None, and their weights
         for j, (p, q, r, s, _) in enumerate(op.rkc[: len(op.rkc) - but]):
             y = found[-1]
             c = self._c(op, j, u, repeat=repeat)
@@ -237,7 +242,9 @@ class Evolution:
             outputs[op.output] = self._copy(u)
         return v
 
-    def adjoint(self, record: Record, cotangents: list, want_scale: bool, face_gradient):
+    def adjoint(
+        self, record: Record, cotangents: list, want_scale: bool, face_gradient
+    ) -> tuple[Array, torch.Tensor]:
         """Gradient by the initial state; by the scale (returned) and the faces (into `face_gradient`) where asked.
 
         Parameters
@@ -298,10 +305,11 @@ class Evolution:
         rkc, s_count = op.rkc, len(op.rkc)
         pool = [b for b in self._buffers(lam, 6, "adjoint") if b is not lam]
         acc_p, acc_q = (None, None) if s_count == 2 else (pool[3], pool[4])
-        if acc_p is not None:
+        if acc_p is not None and acc_q is not None:
             acc_p[...] = 0
             acc_q[...] = 0
         newer, current = None, lam
+        args: tuple
         for j in range(s_count, 0, -1):
             p, q, r, s, _ = rkc[j - 1]
             unscaled = op.rkc[j - 1][4] * op.h
@@ -316,7 +324,8 @@ class Evolution:
                 self.kernels.tensor(acc_q).add_(self.kernels.tensor(current), alpha=q)
             s_next = rkc[j][3] if j < s_count else 0.0  # weight of Y_(j-1) as the older value in stage j + 1
             if s_count == 2:
-                args = (None, None, None, (0, 0, r + q, 0)) if j == 2 else (lam, None, None, (rkc[1][0] + s_next, 0, r, 0))
+                first = (None, None, None, (0, 0, r + q, 0))
+                args = first if j == 2 else (lam, None, None, (rkc[1][0] + s_next, 0, r, 0))
             elif j == 1:
                 args = (acc_p, acc_p, newer, (1.0, 0.0, r, s_next))
             elif j == 2:
@@ -326,14 +335,16 @@ class Evolution:
             else:
                 args = (newer, None, None, (s_next, 0, r, 0))
             if want_scale and s_count == 2:
-                energy = self.kernels.stage_and_energy(out, current, args[0], values[j - 1], args[3][::2], c, self.faces)
+                energy = self.kernels.stage_and_energy(
+                    out, current, args[0], values[j - 1], args[3][::2], c, self.faces
+                )
                 d_scale += unscaled * torch.as_tensor(energy).cpu()
             else:
                 self.kernels.stage(out, current, *args[:3], args[3], c, self.faces)
             newer, current = current, out
         return current
 
-    def tangents(self, u0, tan, d_scale, d_faces, leaves, take=None):
+    def tangents(self, u0, tan, d_scale, d_faces, leaves, take=None) -> tuple[list, list]:
         """States and tangents at the outputs.
 
         Parameters
@@ -447,7 +458,7 @@ class Evolution:
                 moved[op.output] = self._copy(tan)
         return [moved[self.repeated[k]] if m is None else m for k, m in enumerate(moved)]
 
-    def pull(self, slopes: list, cotangents: list):
+    def pull(self, slopes: list, cotangents: list) -> Array:
         """Transpose of `push`: cotangents (directions, batch, ...) of the outputs to the initial state."""
         lam = self._copy(cotangents[0])
         lam[...] = 0

@@ -46,7 +46,8 @@ def _rows(kernel, count: int, size: int, *arguments) -> None:
 
 @_jit
 def _stage(begin, end, out, y, first, second, older, p, q, r, s, c, fz, fy, fx, kind):
-    # kind 0: out = r y + c L y; kind 1: p first is added; kind 2: q second and s older too. Faces repeat over the batch.
+    # kind 0: out = r y + c L y; kind 1: p first is added; kind 2: q second and s older too.
+    # Faces repeat over the batch.
     nb, nz, ny, nx = y.shape
     nf = fz.shape[0]
     for row in range(begin, end):
@@ -318,7 +319,8 @@ class NumbaKernels:
         """A stage of at most two terms, and <L y, other> for each of the batch."""
         p, r = (y.dtype.type(v) for v in coefficients)
         partial = np.zeros(y.shape[:2])
-        _rows(_stage_and_energy, _count(y), y.size, out, partial, y, y if first is None else first, other, p, r, c, *faces)
+        first = y if first is None else first
+        _rows(_stage_and_energy, _count(y), y.size, out, partial, y, first, other, p, r, c, *faces)
         return partial.sum(1)
 
     @staticmethod

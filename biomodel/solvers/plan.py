@@ -47,8 +47,8 @@ class TimePlan:
         return self.edges.shape[1] - 1
 
     @property
-    def diffusion(self) -> list[tuple[np.ndarray, int, bool]]:
-        """Strang splitting with neighbouring half steps merged: (duration per row, reaction step or -1, output after).
+    def diffusion(self) -> list[tuple[np.ndarray, int]]:
+        """Strang splitting with neighbouring half steps merged: (duration per row, reaction step or -1).
 
         Each entry diffuses for its duration, then does the reaction of the given step.
         """
@@ -88,23 +88,23 @@ def make_plan(
         Breakpoints, by row.
     """
     rows, n_times = times.shape
-    edges, outputs = [], []
+    lines, outputs = [], []
     for row in range(rows):
         line = [float(starts[row])]
         for t, count in zip(times[row], counts, strict=True):
             if t < line[-1] - RESOLUTION:
                 raise SolverError(f"times must increase and not lie before day {starts[row]:g}; found {t:g}.")
             line.extend(np.linspace(line[-1], t, count + 1)[1:] if count else [])
-        edges.append(line)
+        lines.append(line)
     done = 0
     for count in counts:
         done += count
         outputs.append(done)
-    edges = np.array(edges)
+    edges = np.array(lines)
     pieces = []
     for row in range(rows):
         inner = breaks[row]
-        here = []
+        here: list[tuple[int, float, float]] = []
         for i in range(edges.shape[1] - 1):
             a, b = edges[row, i], edges[row, i + 1]
             cuts = inner[(inner > a + RESOLUTION) & (inner < b - RESOLUTION)]

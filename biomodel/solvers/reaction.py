@@ -1,4 +1,4 @@
-"""The reaction half of a step: growth and treatment, pointwise in space and exact across doses where a closed form exists."""
+"""The reaction half of a step: growth and treatment, pointwise, exact across doses where a closed form exists."""
 
 from __future__ import annotations
 
@@ -136,13 +136,14 @@ class Course:
             if isinstance(term, Jump):
                 total = total + self._jumps(term, p, t)
             else:
+                assert isinstance(term, Kill)
                 level, exposure = self.state(term, p, t)
                 c = Context(level=level, exposure=exposure, map=1.0)
                 total = total + term.cumulative({k: v[:, None] for k, v in p.items()}, c, TorchOps)
         return total
 
     def coefficients(self, values: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coefficients of the closed-form flow for every step, each of shape (batch, n); all values scalars (batch,)."""
+        """Coefficients of the closed-form flow for every step, each (batch, n); all values are scalars (batch,)."""
         n = self.plan.steps
         at_edges = self.exponent(values, self.edges)
         rows = at_edges.shape[0]
@@ -177,6 +178,7 @@ class Course:
             if isinstance(term, Jump):
                 total = total + _spread(self._jumps(term, p, t[:, None])[:, 0])
             else:
+                assert isinstance(term, Kill)
                 c = self._contexts(term, p, maps, t[:, None])[0]
                 total = total + term.cumulative({k: _spread(v) for k, v in p.items()}, c, TorchOps)
         return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class TorchSolver:
         """
         domains = [domain] if isinstance(domain, Domain) else list(domain)
         schedules = [schedule] if isinstance(schedule, Schedule) else list(schedule)
-        starts = [float(start)] if np.ndim(start) == 0 else [float(s) for s in start]
+        starts = [float(s) for s in np.atleast_1d(start)]
         rows = max(len(domains), len(schedules), len(starts))
         for what, have in (("domains", domains), ("schedules", schedules), ("starts", starts)):
             if len(have) not in (1, rows):
@@ -132,7 +133,7 @@ def _faces(coefficient: torch.Tensor, mask: torch.Tensor, spacing) -> list[torch
 
 def _radius(faces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Gershgorin bound of the operator's spectral radius by batch row (1/day)."""
-    total = 0.0
+    total: Any = 0.0  # a tensor from the first axis on
     for axis, face in zip((-3, -2, -1), faces, strict=True):
         n = face.shape[axis]
         total = total + torch.nn.functional.pad(
@@ -174,6 +175,7 @@ class Simulation(torch.nn.Module):
             slice(int(w.min()), int(w.max()) + 1) for w in (np.flatnonzero(mask.any((0, *a))) for a in
                                                              ((2, 3), (1, 3), (1, 2)))
         )  # fmt: skip
+        self._boxed: tuple[Any, ...] = (..., *self.box)
         self.shape = domains[0].shape
         inside = (slice(None), *self.box)
         self.mask = torch.tensor(mask[inside], device=self.device)
@@ -189,7 +191,7 @@ class Simulation(torch.nn.Module):
         self.spacing = domains[0].spacing
         self._coarse: Simulation | None = None
         self._fine: Simulation | None = None
-        self._base = None
+        self._base: tuple[Any, float] | None = None
         self.diffuses = any(n > 1 for n in self.mask.shape[1:]) and (
             bool(model.diffusion.parameters) or type(model.diffusion).__name__ != "NoDiffusion"
         )
@@ -202,12 +204,14 @@ class Simulation(torch.nn.Module):
         for name, value in self.model.complete(params).items():
             tensor = torch.as_tensor(value, dtype=torch.float64)
             if tensor.ndim >= 3:
-                tensor = tensor[(..., *self.box)].to(self.device)
+                tensor = tensor[self._boxed].to(self.device)
                 tensor = tensor[None] if tensor.ndim == 3 else tensor
             elif tensor.ndim == 0:
                 tensor = tensor[None]
             elif tensor.ndim != 1:
-                raise SolverError(f"{name}: shape {tuple(tensor.shape)}; expected a number, (batch,) or a field (z, y, x).")
+                raise SolverError(
+                    f"{name}: shape {tuple(tensor.shape)}; expected a number, (batch,) or a field (z, y, x)."
+                )
             found[name] = tensor
         return found
 
@@ -224,7 +228,8 @@ class Simulation(torch.nn.Module):
             radius *= float(scale.detach().max())
         function = self._reaction(values, plan)
         if self._closed(values) and self.model.growth.flow is Flow.BERNOULLI:
-            reaction = ClosedReaction(self.kernels, *(c.detach().to(device) for c in leaves), dtype)
+            a, b = (c.detach().to(device) for c in leaves)
+            reaction: ClosedReaction | PointwiseReaction = ClosedReaction(self.kernels, a, b, dtype)
         else:
             reaction = PointwiseReaction(self.kernels, function, leaves)
         evolution = Evolution(self.kernels, plan, reaction, arrays, scale.detach(), radius)
@@ -345,8 +350,8 @@ class Simulation(torch.nn.Module):
         with torch.no_grad():
             values = {k: v.detach() for k, v in self._values(params).items()}
             times = self._times(times)
-            spans = np.diff(np.concatenate((np.broadcast_to(np.array(self.starts, float).reshape(-1, 1),
-                                                            (times.shape[0], 1)), times), 1), axis=1).max(0)  # fmt: skip
+            begin = np.broadcast_to(np.array(self.starts, float).reshape(-1, 1), (times.shape[0], 1))
+            spans = np.diff(np.concatenate((begin, times), 1), axis=1).max(0)
             once = [int(s > 0) for s in spans]
             if not self.diffuses and self.model.growth.flow is not None:
                 return self.fixed_plan(times, once)
@@ -412,8 +417,11 @@ class Simulation(torch.nn.Module):
                 tissues = {k: coarsen(torch.tensor(np.array(v))[None], mask)[0].numpy() for k, v in d.tissues.items()}
                 spacing = tuple(s * h for s, h in zip(d.spacing, halves, strict=True))
                 domains.append(Domain.box(coarse.shape, spacing, mask=coarse, tissues=tissues))
-            fields = {k: coarsen(torch.tensor(np.asarray(v, float)[(..., *self.box)])[None], self.mask[:1].cpu())[0].numpy()
-                      for k, v in self._extra.items()}  # fmt: skip
+            mask = self.mask[:1].cpu()
+            fields = {
+                k: coarsen(torch.tensor(np.asarray(v, float)[self._boxed])[None], mask)[0].numpy()
+                for k, v in self._extra.items()
+            }
             self._coarse = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
         return self._coarse
 
@@ -432,8 +440,9 @@ class Simulation(torch.nn.Module):
                 d = d.crop(self.box)
                 spacing = tuple(s / n for s, n in zip(d.spacing, twice, strict=True))
                 mask = split(d.mask)
-                domains.append(Domain.box(mask.shape, spacing, mask=mask, tissues={k: split(v) for k, v in d.tissues.items()}))
-            fields = {k: split(np.asarray(v, float)[(..., *self.box)]) for k, v in self._extra.items()}
+                tissues = {k: split(v) for k, v in d.tissues.items()}
+                domains.append(Domain.box(mask.shape, spacing, mask=mask, tissues=tissues))
+            fields = {k: split(np.asarray(v, float)[self._boxed]) for k, v in self._extra.items()}
             self._fine = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
         return self._fine
 
@@ -446,7 +455,7 @@ class Simulation(torch.nn.Module):
         fine = self.refined()
         u0 = self._state(u0).detach()
         start = coarsen(fine(params, _subdivide(u0, self.mask), times, plan=plan)[0], fine.mask)
-        here = self(params, self._unbox(u0), times, plan=plan)[0][(..., *self.box)]
+        here = self(params, self._unbox(u0), times, plan=plan)[0][self._boxed]
         return self._unbox(torch.where(self.mask, start - here, 0.0))
 
     # Runs ------------------------------------------------------------------------------------------------------------
@@ -503,7 +512,8 @@ class Simulation(torch.nn.Module):
         """From the box to the domain's full grid."""
         if tuple(u.shape[-3:]) == self.shape:
             return u
-        widths = [w for s, n in zip(reversed(self.box), reversed(self.shape), strict=True) for w in (s.start, n - s.stop)]
+        sides = zip(reversed(self.box), reversed(self.shape), strict=True)
+        widths = [w for s, n in sides for w in (s.start, n - s.stop)]
         return torch.nn.functional.pad(u, widths)
 
     def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str | None], plan: TimePlan | None = None,
@@ -552,7 +562,7 @@ class Simulation(torch.nn.Module):
         tan = torch.zeros(len(wrt), batch, *(n + 2 for n in self.mask.shape[1:]), dtype=self.solver.dtype,
                           device=self.device)  # fmt: skip
         if du0 is not None:
-            inner = torch.where(self.mask, torch.as_tensor(du0)[(..., *self.box)].to(self.device), 0.0)
+            inner = torch.where(self.mask, torch.as_tensor(du0)[self._boxed].to(self.device), 0.0)
             tan[..., 1:-1, 1:-1, 1:-1] = inner.to(self.solver.dtype)
         inside = None if rows is None else [torch.tensor(r[self.box], device=self.device) for r in rows]
 
@@ -589,7 +599,7 @@ class Linearisation:
 
     def _in(self, x: torch.Tensor):
         s = self.simulation
-        x = torch.where(s.mask, torch.as_tensor(x)[(..., *s.box)].to(s.device), 0.0).to(s.solver.dtype)
+        x = torch.where(s.mask, torch.as_tensor(x)[s._boxed].to(s.device), 0.0).to(s.solver.dtype)
         return s.kernels.array(torch.nn.functional.pad(x, (1,) * 6).contiguous())
 
     def push(self, du0: torch.Tensor) -> torch.Tensor:

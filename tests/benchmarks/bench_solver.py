@@ -95,7 +95,8 @@ def box() -> None:
             step(state, 0, days)
             took = time.perf_counter() - began
             e = error(state.data)
-            print(f"{d:5.1f} {'py-pde ' + name:28s}{took:9.3f}{e:10.1e}{took / ours:19.1f}{'' if e <= 1e-3 else '  (too inaccurate)'}")
+            remark = "" if e <= 1e-3 else "  (too inaccurate)"
+            print(f"{d:5.1f} {'py-pde ' + name:28s}{took:9.3f}{e:10.1e}{took / ours:19.1f}{remark}")
             if e <= 1e-3:
                 best = min(best or took, took)
         lower, h = np.zeros_like(u0), u0.shape
@@ -116,7 +117,8 @@ def box() -> None:
         began = time.perf_counter()
         found = solve_ivp(slope, (0, days), u0.ravel(), method="RK23", rtol=1e-3, atol=1e-6)
         took = time.perf_counter() - began
-        print(f"{d:5.1f} {'scipy solve_ivp RK23':28s}{took:9.3f}{error(found.y[:, -1].reshape(h)):10.1e}{took / ours:19.1f}")
+        e = error(found.y[:, -1].reshape(h))
+        print(f"{d:5.1f} {'scipy solve_ivp RK23':28s}{took:9.3f}{e:10.1e}{took / ours:19.1f}")
         if best:
             print(f"{d:5.1f} fastest py-pde scheme at that error: {best / ours:.1f} times our time (bar 5)")
 
@@ -124,7 +126,8 @@ def box() -> None:
 def demonstration_case():
     """77×116×36 voxels of 1.5×1.5×3 mm, 270 days, 30 fractions at 14:30, 74 doses of two agents, 9 visits."""
     shape, spacing = (36, 116, 77), (3.0, 1.5, 1.5)
-    z, y, x = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)), indexing="ij")
+    axes = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True))
+    z, y, x = np.meshgrid(*axes, indexing="ij")
     mask = (z / 54) ** 2 + (y / 87) ** 2 + (x / 57.75) ** 2 <= 1
     fractions = tuple(Fraction(30 + 7 * w + d + 14.5 / 24, 2.0) for w in range(6) for d in range(5))
     doses = tuple(Dose(30.0 + i, "temozolomide", 75, "mg/m^2") for i in range(44))
@@ -141,7 +144,8 @@ def demonstration_case():
     )
     u0 = 0.5 * np.exp(-(z**2 + y**2 + x**2) / (2 * (12 / 2.3548) ** 2)) * mask
     params = {"diffusion.D": 0.1, "growth.k": 0.05, "temozolomide.efficacy": 0.3, "radiotherapy.alpha": 0.03}
-    return Domain.box(shape, spacing, mask=mask), Schedule(doses, fractions), model, u0, params, np.linspace(0, 270, 10)[1:]
+    times = np.linspace(0, 270, 10)[1:]
+    return Domain.box(shape, spacing, mask=mask), Schedule(doses, fractions), model, u0, params, times
 
 
 def demonstration() -> None:
@@ -164,8 +168,8 @@ def demonstration() -> None:
         simulation(theta, torch.tensor(u0), times, plan=plan).square().sum().backward()
 
     full = least(gradient, 5)
-    print(f"forward {forward:.3f} s with its pilot, {given:.3f} s with a given plan, {plan.steps} steps, worst error at a "
-          f"visit {error:.1e} (bar 0.4 s, 2e-4; TumorTwin 11-17 s)")  # fmt: skip
+    print(f"forward {forward:.3f} s with its pilot, {given:.3f} s with a given plan, {plan.steps} steps, worst error "
+          f"at a visit {error:.1e} (bar 0.4 s, 2e-4; TumorTwin 11-17 s)")  # fmt: skip
     print(f"full gradient (4 parameters and the initial state) {full:.3f} s = {full / given:.2f} forward runs (bar 4)")
     # Calibration: measured cell fractions in the visible region, 5 % noise, starts off by a factor of two.
     fine = simulation(params, u0, times, plan=simulation.fixed_plan(times, [40] * 9))[0].numpy()
@@ -189,8 +193,8 @@ def demonstration() -> None:
         took = time.perf_counter() - began
         found = {k: f"{fit.values[k]:.4g} (true {v:g})" for k, v in params.items()}
         what = "first map's noise marginalised" if marginalise else "first map's noise added, as peers do"
-        print(f"calibration of all four from starts off by two, {what}: {took:.1f} s, {fit.iterations} final iterations, "
-              f"{fit.solves} solves (bar 25 s; TumorTwin 440 s)\n  {found}")  # fmt: skip
+        print(f"calibration of all four from starts off by two, {what}: {took:.1f} s, {fit.iterations} final "
+              f"iterations, {fit.solves} solves (bar 25 s; TumorTwin 440 s)\n  {found}")  # fmt: skip
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"peak memory of this process so far {peak:.2f} GB (bar 1 GB; TumorTwin 1.9 GB)")
 

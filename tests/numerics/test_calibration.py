@@ -71,7 +71,8 @@ def test_weights_are_the_inverse_of_the_dense_covariance(problem):
     sub = dense[np.ix_(active, active)]
     b = np.random.default_rng(0).standard_normal((2, len(active))) * active
     exact = np.linalg.solve(sub, b[:, active].T).T
-    np.testing.assert_allclose(weights.solve(b, rtol=1e-8)[:, active], exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
+    found = weights.solve(b, rtol=1e-8)[:, active]
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
     measured = (problem.sign == 0) & active
     determinant = np.linalg.slogdet(dense[np.ix_(measured, measured)])[1]
     assert abs(weights.log_determinant(probes=30, steps=25) - determinant) < 0.02 * abs(determinant)
@@ -87,7 +88,8 @@ def test_recovery_within_the_stated_uncertainty_and_exact_covariance(problem):
     assert set(fit.identified) >= {"diffusion.D"}
     assert fit.shrinkage["growth.k"] < 1
     # Another start ends at the same place.
-    again = bm.calibrate(model(), patient, method=Laplace(MAP(starts=1, start_at={"growth.k": 0.1, "diffusion.D": 0.05})))
+    elsewhere = MAP(starts=1, start_at={"growth.k": 0.1, "diffusion.D": 0.05})
+    again = bm.calibrate(model(), patient, method=Laplace(elsewhere))
     assert np.max(np.abs(again.z - fit.z) / fit.sd) < 0.3
     assert set(fit.draw(5, 0)) == set(fit.names)
     assert (fit.draw(5, 0)["growth.k"] == fit.draw(5, 0)["growth.k"]).all()

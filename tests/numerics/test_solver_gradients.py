@@ -130,8 +130,10 @@ def test_eager_torch_and_fused_kernels_agree(case):
                                  requires_grad=True) for n in simulation.model.free}  # fmt: skip
         value = objective(simulation, weight, plan)(theta, u0)
         value.backward()
-        _, du = simulation.sensitivities({n: float(t.detach()) for n, t in theta.items()}, u0, TIMES, list(theta), plan=plan)
-        found.append([float(value.detach()), *(float(t.grad) for t in theta.values()), *(du * weight).sum((1, 2, 3, 4, 5))])
+        values = {n: float(t.detach()) for n, t in theta.items()}
+        _, du = simulation.sensitivities(values, u0, TIMES, list(theta), plan=plan)
+        gradients = [float(t.grad) for t in theta.values()]
+        found.append([float(value.detach()), *gradients, *(du * weight).sum((1, 2, 3, 4, 5))])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-11)
 
 
@@ -159,7 +161,9 @@ def test_patients_of_a_batch_keep_their_own_doses_and_days():
     rng = np.random.default_rng(4)
     masks = [rng.random((3, 6, 6)) < 0.9 for _ in range(2)]
     domains = [Domain.box(m.shape, mask=m) for m in masks]
-    schedules = [Schedule.weekly("paclitaxel", 2.2, 3, 80, "mg/m^2"), Schedule.weekly("paclitaxel", 5.1, 1, 40, "mg/m^2")]
+    schedules = [
+        Schedule.weekly("paclitaxel", 2.2, 3, 80, "mg/m^2"), Schedule.weekly("paclitaxel", 5.1, 1, 40, "mg/m^2")
+    ]  # fmt: skip
     model = bm.ReactionDiffusion(bm.Logistic(), bm.Isotropic(), [bm.Chemotherapy("paclitaxel")])
     u0 = torch.tensor(rng.random((2, 3, 6, 6)))
     times = np.array([[10.0, 21.0], [8.0, 40.0]])

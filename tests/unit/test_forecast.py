@@ -55,9 +55,8 @@ def test_the_first_visit_is_what_was_seen(forecast, whole):
 
 
 def test_later_visits_do_not_change_a_forecast(fit, forecast, whole):
-    spoiled = dataclasses.replace(
-        whole, visits=(*whole.visits[:2], *(dataclasses.replace(v, adc=None, region=None, volume=50.0) for v in whole.visits[2:]))
-    )
+    later = (dataclasses.replace(v, adc=None, region=None, volume=50.0) for v in whole.visits[2:])
+    spoiled = dataclasses.replace(whole, visits=(*whole.visits[:2], *later))
     again = bm.calibrate(fit.model, spoiled.until(2), method=Laplace(MAP(starts=1)))
     np.testing.assert_array_equal(again.z, fit.z)
 

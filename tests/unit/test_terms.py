@@ -83,7 +83,10 @@ def test_priors_go_to_the_gaussian_coordinate_and_back(prior):
     (lambda: bm.ReactionDiffusion(treatments=[Radiotherapy(), Radiotherapy()]), "two terms are called"),
     (lambda: bm.ReactionDiffusion(priors={"growth.kk": Fixed(1.0)}), "Did you mean 'growth.k'"),
     (lambda: bm.ReactionDiffusion().complete({"growth.k": 99.0}), "outside its bounds"),
-    (lambda: bm.ReactionDiffusion().check_schedule(Schedule.weekly("paclitaxel", 0, 1, 80, "mg/m^2")), "no term for it"),
+    (
+        lambda: bm.ReactionDiffusion().check_schedule(Schedule.weekly("paclitaxel", 0, 1, 80, "mg/m^2")),
+        "no term for it",
+    ),
     (lambda: bm.ReactionDiffusion().check_schedule(Schedule(fractions=(Fraction(1.0, 2.0),))), "bm.Radiotherapy"),
     (lambda: JointPrior(("a", "b"), np.zeros(2), -np.eye(2)), "positive definite"),
     (lambda: Chemotherapy("paclitaxel").relative_amount(80, "mg", "paclitaxel"), "reference dose"),
