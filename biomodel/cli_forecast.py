@@ -163,7 +163,7 @@ def _visits(outcome: Outcome, patient: Patient) -> tuple[str, Table]:
 def _gone(forecast: Forecast, day: float) -> float:
     """Probability that no visible tumour is left on a day."""
     known = forecast.fit.patient
-    floor = known.volumes.floor if known.domain.well_mixed else 0.0
+    floor = known.volumes.floor if known.domain.well_mixed and known.volumes else 0.0
     return float((forecast["volume"].sel(time=day) <= floor).mean())
 
 

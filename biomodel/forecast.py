@@ -14,8 +14,7 @@ from biomodel.calibration.fit import Fit
 from biomodel.calibration.images import InitialState, computing_box, field_maps
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
 from biomodel.errors import InputError, SolverError
-from biomodel.observation import Seen, longest_diameter, observe
-from biomodel.patient import Patient
+from biomodel.observation import longest_diameter, observe
 from biomodel.schedule import Schedule
 
 #: Most bytes of states held at once while draws are simulated.
@@ -30,7 +29,8 @@ class Forecast:
     ----------
     data : xarray.Dataset
         At the requested times: `cell_fraction` (draw, time, z, y, x; float32, on the computing box), `volume` (draw,
-        time; cm³), `cells` (in visible tumour, as an observation counts them), `longest_diameter` (mm), and `probability` (time, z, y, x) that a voxel is visible tumour.
+        time; cm³), `cells` (in visible tumour, as an observation counts them), `longest_diameter` (mm), and
+        `probability` (time, z, y, x) that a voxel is visible tumour.
         A patient without images has `volume` and `measured_volume` (with the measurement's noise) only.
     curves : xarray.Dataset
         `volume` and `cells` (draw, day) on a finer time axis.
@@ -132,7 +132,9 @@ def forecast(
         times = [last, until] if until > last else [until]
     days = np.unique(np.array([*times, *([until] if until is not None else [])], float))
     if not np.isfinite(days).all() or days[0] < first:
-        raise InputError(f"forecast: times {days.tolist()} must be finite and not before the first visit, day {first:g}.")
+        raise InputError(
+            f"forecast: times {days.tolist()} must be finite and not before the first visit, day {first:g}."
+        )
     if not curve_step > 0:
         raise InputError(f"forecast: curve_step is {curve_step}; expected a positive number of days.")
     if draws < 1:
@@ -155,8 +157,7 @@ def initial_states(fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np
     """Initial cell fractions (draw, z, y, x) on a box: measured, moved by the fit, with the voxels' own noise."""
     patient = fit.patient
     seen = next(s for s in (observe(patient, v) for v in patient.visits) if s is not None)
-    crop = Seen(seen.day, seen.number, *(None if a is None else np.asarray(a)[box]
-                                         for a in (seen.region, seen.fraction, seen.sd, seen.response)))  # fmt: skip
+    crop = seen.crop(box)
     settings = patient.cellularity
     initial = InitialState.of(crop, settings.visible_fraction if settings else 0.15,
                               settings.repeatability_cv if settings else 0.0, domain)  # fmt: skip
@@ -192,7 +193,8 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     maps = np.zeros((draws, len(days), *domain.shape), np.float32)
     volume, cells = np.zeros((draws, len(curve))), np.zeros((draws, len(curve)))
     diameter = np.zeros((draws, len(days)))
-    plan, failed, reached = None, [], 0.0
+    plan, reached = None, 0.0
+    failed: list[int] = []
     starts = list(range(0, draws, block))
     faces = _outer_faces(domain, patient.domain, box)
     for start in progress(starts) if progress else starts:
@@ -220,7 +222,9 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     notes = []
     if failed:
         if len(failed) > draws / 10:
-            raise SolverError(f"forecast: {len(failed)} of {draws} draws gave no finite state; the posterior is too wide.")
+            raise SolverError(
+                f"forecast: {len(failed)} of {draws} draws gave no finite state; the posterior is too wide."
+            )
         notes.append(f"{len(failed)} of {draws} draws gave no finite state and were left out.")
     if reached > visible / 4:
         notes.append(f"The tumour reaches the edge of the computing box (cell fraction {reached:.2f} there).")

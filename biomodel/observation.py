@@ -96,6 +96,11 @@ class Seen:
     sd: np.ndarray | None = None
     response: np.ndarray | None = None
 
+    def crop(self, box: tuple[slice, ...]) -> Seen:
+        """The same on a box of the grid."""
+        maps = [None if a is None else np.asarray(a)[box] for a in (self.fraction, self.sd, self.response)]
+        return Seen(self.day, self.number, np.asarray(self.region)[box], *maps)
+
 
 def observe(patient: Patient, visit: Visit) -> Seen | None:
     """What a visit says about the cell fraction; None where it has no region.

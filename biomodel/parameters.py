@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -240,7 +241,7 @@ class Parameter:
 
     name: str
     units: str
-    prior: Prior | Fixed
+    prior: Prior | Any  # or Fixed; what asks for coordinates only ever meets free parameters
     bounds: tuple[float, float]
     source: str = ""
     description: str = ""

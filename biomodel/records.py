@@ -364,8 +364,8 @@ def _manifest(patient: Patient, images: dict[str, np.ndarray]) -> dict[str, obje
             "visible_fraction": settings.visible_fraction,
         }
     if patient.volumes is not None:
-        settings = patient.volumes
-        data["volumes"] = {"cv": settings.cv, "floor": _written(settings.floor, "cm^3"), "df": settings.df}
+        noise = patient.volumes
+        data["volumes"] = {"cv": noise.cv, "floor": _written(noise.floor, "cm^3"), "df": noise.df}
     data["visits"] = [_visit_data(visit, images) for visit in patient.visits]
     treatments = _treatment_data(patient.schedule)
     if treatments:

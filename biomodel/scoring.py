@@ -123,7 +123,7 @@ def score(forecast: Forecast, patient: Patient) -> Score:
         raise InputError(f"score: the forecast is for patient {known.id}, the record for {patient.id}.")
     last = known.visits[-1].day
     rows: list[dict[str, object]] = []
-    past = [(v.day, known.volume_of(v)) for v in known.visits if known.volume_of(v) is not None]
+    past = [(v.day, volume) for v in known.visits if (volume := known.volume_of(v)) is not None]
     for visit in patient.visits:
         index = np.flatnonzero(np.abs(forecast.times - visit.day) < 1e-6)
         observed = patient.volume_of(visit)
@@ -143,7 +143,8 @@ def score(forecast: Forecast, patient: Patient) -> Score:
         floor = known.volumes.floor if known.volumes else known.domain.voxel_volume / 2e3
         simple = {"carry-forward": past[-1][1]}
         if len(past) > 1:
-            simple["exponential volume"] = exponential_volume(*zip(*past, strict=True), visit.day, floor)
+            times, volumes = zip(*past, strict=True)
+            simple["exponential volume"] = exponential_volume(times, volumes, visit.day, floor)
         for predictor, value in simple.items():
             other: dict[str, object] = {
                 "visit": visit.number, "day": visit.day, "predictor": predictor, "volume": float(value),
@@ -156,8 +157,8 @@ def score(forecast: Forecast, patient: Patient) -> Score:
     if not rows:
         days = ", ".join(f"{v.day:g}" for v in patient.visits)
         raise InputError(
-            f"score: no visit after day {last:g} at one of the forecast's days {forecast.times.tolist()}; the record has "
-            f"visits on days {days}. Forecast with times=[day of the visit]."
+            f"score: no visit after day {last:g} at one of the forecast's days {forecast.times.tolist()}; the record "
+            f"has visits on days {days}. Forecast with times=[day of the visit]."
         )
     names = list(dict.fromkeys(n for r in rows for n in r))
     return Score(tuple({n: _plain(r.get(n)) for n in names} for r in rows))

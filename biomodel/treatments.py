@@ -1,9 +1,9 @@
 """Treatments: a continuous kill that decays after each dose, or an instantaneous survival fraction.
 
 A `Kill` sees two numbers of each of its agents at the current time, both in units of the reference dose: the `level`
-(sum over past doses of the impulse response) and the `exposure` (its integral). It gives the hazard, `rate`, and the exact
-exponent accumulated since treatment began, `cumulative`; a step's kill is the difference of two such values, so a
-solver may cross doses without stopping at them.
+(sum over past doses of the impulse response) and the `exposure` (its integral). It gives the hazard, `rate`, and the
+exact exponent accumulated since treatment began, `cumulative`; a step's kill is the difference of two such values, so
+a solver may cross doses without stopping at them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Kill(Treatment):
         """Integral of the hazard from the first dose to now: minus the log of the surviving fraction."""
         raise NotImplementedError
 
-    #: Name of the field that scales the drug in space, or None for a drug that reaches all voxels alike.
-    map = None
+    #: Name of the field that scales the drug in space, or None for a drug that reaches all voxels alike. Its type is
+    #: in a comment because an annotation would make it a field of the dataclass.
+    map = None  # type: str | None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -137,6 +138,7 @@ class Chemotherapy(Kill):
         return (*both, Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), JARRETT, "fraction not killed"))
 
     def relative_amount(self, amount: float, units: str, agent: str) -> float:
+        assert self.reference_dose is not None  # set when the term was made
         return relative_dose(self.reference_dose, amount, units, agent)
 
     def kinetics(self, elapsed, p, ops, agent):
@@ -210,7 +212,9 @@ class Combination(Kill):
         if not self.reference_doses:
             unknown = [a for a in self.drugs if a not in REFERENCE_DOSES]
             if unknown:
-                raise ModelError(f"Combination: no reference dose known for {', '.join(unknown)}; give reference_doses.")
+                raise ModelError(
+                    f"Combination: no reference dose known for {', '.join(unknown)}; give reference_doses."
+                )
             object.__setattr__(self, "reference_doses", tuple(REFERENCE_DOSES[a] for a in self.drugs))
         if not len(self.drugs) == len(self.efficacy) == len(self.reference_doses):
             raise ModelError("Combination: efficacy and reference_doses need one entry per agent.")

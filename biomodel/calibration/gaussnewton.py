@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def prior_of(parameters: dict[str, Parameter], joint=None) -> GaussianPrior:
     """Prior over the parameters' transformed coordinates, with a cohort's joint prior where there is one."""
     names = list(parameters)
     mean = np.array([p.prior.location for p in parameters.values()])
-    covariance = np.diag([p.prior.scale**2 for p in parameters.values()])
+    covariance = np.diag(np.array([p.prior.scale**2 for p in parameters.values()]))
     if joint is not None:
         where = [names.index(n) for n in joint.names if n in names]
         keep = [i for i, n in enumerate(joint.names) if n in names]
@@ -53,7 +54,7 @@ class Optimum:
 
     z: np.ndarray
     objective: float
-    linear: object
+    linear: Any  # what the problem's `linearise` returns
     iterations: int
     converged: bool
 

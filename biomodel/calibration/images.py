@@ -26,6 +26,7 @@ from biomodel.models import ReactionDiffusion
 from biomodel.observation import Seen, observe
 from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
+from biomodel.solvers.plan import TimePlan
 from biomodel.solvers.torch import Simulation, TorchSolver
 from biomodel.treatments import Jump, Kill
 
@@ -122,6 +123,7 @@ class InitialState:
             inside = np.reshape(values["initial.level"], (-1, 1, 1, 1)) * self.seen.region
         else:
             shift = np.reshape(values.get(shift_name(self.seen.number), np.zeros(1)), (-1, 1, 1, 1))
+            assert self.seen.response is not None
             inside = self.base - shift * self.cv * self.seen.response
         return outside + inside
 
@@ -133,6 +135,7 @@ class InitialState:
         if self.seen.fraction is None:
             found.append(self.seen.region.astype(float))
         elif self.cv:
+            assert self.seen.response is not None
             found.append(-self.cv * self.seen.response)
         return found
 
@@ -178,10 +181,7 @@ class ImageProblem:
         self.days = np.array([s.day for s in seen])
         box = computing_box(patient, model, float(self.days[-1] - self.days[0]))
         self.box, self.domain = box, patient.domain.crop(box)
-        crop = [
-            Seen(s.day, s.number, *(None if a is None else np.asarray(a)[box] for a in
-                                    (s.region, s.fraction, s.sd, s.response))) for s in seen
-        ]  # fmt: skip
+        crop = [s.crop(box) for s in seen]
         self.initial = InitialState.of(crop[0], self.visible, self.cv, self.domain)
         self.later = crop[1:]
         fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
@@ -197,7 +197,7 @@ class ImageProblem:
         self.names = tuple(self.parameters)
         self._rows()
         self.acting = {n for n in model.free if not n.startswith(tuple(_idle(model, patient, self.days[-1])))}
-        self.plan = None
+        self.plan: TimePlan | None = None
         self.solves = 0
         # Change of the measured initial state towards its posterior mean, about which the model is linearised.
         self.update = np.zeros(self.domain.shape)
@@ -224,6 +224,7 @@ class ImageProblem:
                 bounded[t] |= s.region
                 sign[t][s.region] = -1.0
             else:
+                assert s.sd is not None and s.response is not None
                 measured[t] = s.region
                 value[t], response[t] = s.fraction, self.cv * s.response
                 variance[t] = np.where(s.region, np.maximum(s.sd, 1e-6) ** 2, variance[t])
@@ -248,7 +249,7 @@ class ImageProblem:
     def _split(self, values: dict) -> dict:
         return {n: values[n] for n in self.model.free}
 
-    def _arguments(self, values: dict):
+    def _arguments(self, values: dict) -> tuple[dict, torch.Tensor, np.ndarray]:
         u0 = self.initial.state({n: np.array([values[n]]) for n in self.initial.names}) + self.update
         return self._split(values), torch.tensor(u0), self.days[1:]
 
@@ -371,6 +372,7 @@ class Weights:
 
     def pulled(self, x: np.ndarray) -> np.ndarray:
         """R0 J' x: (m, n) to (m, z, y, x)."""
+        assert self.linear is not None
         self.problem.solves += len(x)
         return self.linear.pull(self._scatter(x))[:, 0].cpu().numpy() * self.problem.initial_variance
 
@@ -382,6 +384,7 @@ class Weights:
 
     def covariance(self, x: np.ndarray) -> np.ndarray:
         """C x for rows of x, (m, n)."""
+        assert self.linear is not None
         self.problem.solves += len(x)
         carried = self.linear.push(torch.tensor(self.pulled(x)[:, None]))[:, 0].cpu().numpy()[:, self.problem.rows]
         return self.variance * x + carried * self.active
