@@ -215,8 +215,8 @@ class VolumeProblem:
             raise CalibrationError(f"patient {patient.id}: no visit has a volume; there is nothing to calibrate.")
         if patient.volumes is None:
             raise CalibrationError(
-                f"patient {patient.id}: visits have volumes, but their noise is not told; add 'volumes' with cv and floor "
-                "to the manifest, or take patient.without_images(cv=..., floor=...)."
+                f"patient {patient.id}: visits have volumes, but their noise is not told; add 'volumes' with cv and "
+                "floor to the manifest, or take patient.without_images(cv=..., floor=...)."
             )
         if not (volumes > patient.volumes.floor).any():
             raise CalibrationError(
