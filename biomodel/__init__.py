@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from biomodel.calibration.calibrate import MAP, Laplace, calibrate, compare
     from biomodel.calibration.fit import Fit
+    from biomodel.calibration.importance import Importance
+    from biomodel.calibration.population import learn_priors
     from biomodel.defaults import default_model
     from biomodel.domain import Domain
     from biomodel.forecast import Forecast, forecast
@@ -33,6 +35,7 @@ __all__ = [
     "Fixed",
     "Forecast",
     "Gompertz",
+    "Importance",
     "Isotropic",
     "Laplace",
     "LogNormal",
@@ -54,6 +57,7 @@ __all__ = [
     "compare",
     "default_model",
     "forecast",
+    "learn_priors",
     "report",
     "score",
 ]
@@ -61,6 +65,8 @@ __all__ = [
 _MODULES = {
     "calibration.calibrate": ("MAP", "Laplace", "calibrate", "compare"),
     "calibration.fit": ("Fit",),
+    "calibration.importance": ("Importance",),
+    "calibration.population": ("learn_priors",),
     "defaults": ("default_model",),
     "domain": ("Domain",),
     "forecast": ("Forecast", "forecast"),

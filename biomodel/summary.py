@@ -75,7 +75,7 @@ class ParameterSummary(Record):
     prior_high: float
     shrinkage: float
     """Posterior over prior standard deviation: 1 says that the data told nothing."""
-    informed_by: Literal["data", "data and prior", "prior"]
+    informed_by: Literal["data", "data and prior", "prior", "not computed"]
     source: str
     """Where the prior comes from."""
 

@@ -21,9 +21,10 @@ NAMES = {
     # priors
     "Fixed", "LogNormal", "LogitNormal", "Normal",
     # numerics and inference
-    "Laplace", "MAP", "TorchSolver",
+    "Importance", "Laplace", "MAP", "TorchSolver",
     # verbs and their results
-    "Fit", "Forecast", "Report", "Score", "calibrate", "compare", "default_model", "forecast", "report", "score",
+    "Fit", "Forecast", "Report", "Score", "calibrate", "compare", "default_model", "forecast", "learn_priors",
+    "report", "score",
 }  # fmt: skip
 
 

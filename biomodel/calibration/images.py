@@ -207,30 +207,28 @@ class ImageProblem:
         """Lay out the residuals: (time, voxel) of measured rows first, then of rows where nothing was seen."""
         any_region = np.logical_or.reduce([self.initial.seen.region] + [s.region for s in self.later])
         near = distance_transform_edt(~any_region, sampling=self.domain.spacing) <= NEIGHBOURHOOD
-        shape = (len(self.later), *self.domain.shape)
-        measured, bounded, sign = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape)
-        value, variance, response = np.zeros(shape), np.ones(shape), np.zeros(shape)
         settings = self.patient.cellularity
         # Noise of the cell fraction just at the visible level, for rows where only visibility is known.
         visible_sd = 0.05
         if settings:
             adc = settings.adc_w - self.visible * (settings.adc_w - settings.adc_min)
             visible_sd = max(settings.voxel_cv * adc / (settings.adc_w - settings.adc_min), 1e-3)
+        shape = (len(self.later), *self.domain.shape)
+        self.measured, self.rows = np.zeros(shape, bool), np.zeros(shape, bool)
+        columns: list[list[np.ndarray]] = [[], [], [], []]
         for t, s in enumerate(self.later):
-            outside = near & self.domain.mask & ~s.region
-            bounded[t], sign[t] = outside, 1.0
-            variance[t] = visible_sd**2
-            if s.fraction is None:
-                bounded[t] |= s.region
-                sign[t][s.region] = -1.0
-            else:
-                assert s.sd is not None and s.response is not None
-                measured[t] = s.region
-                value[t], response[t] = s.fraction, self.cv * s.response
-                variance[t] = np.where(s.region, np.maximum(s.sd, 1e-6) ** 2, variance[t])
-        self.measured, self.rows = measured, measured | bounded
-        self.sign = np.where(measured, 0.0, sign)[self.rows]
-        self.value, self.variance, self.response = value[self.rows], variance[self.rows], response[self.rows]
+            self.measured[t] = s.region if s.fraction is not None else False
+            self.rows[t] = s.region | (near & self.domain.mask)
+            here, seen = self.rows[t], self.measured[t][self.rows[t]]
+            sign = np.where(seen, 0.0, np.where(s.region[here], -1.0, 1.0))
+            found = [sign, np.zeros(sign.shape), np.full(sign.shape, visible_sd**2), np.zeros(sign.shape)]
+            if s.fraction is not None:
+                found[1] = np.where(seen, s.fraction[here], 0.0)
+                found[2] = np.where(seen, np.maximum(s.sd[here], 1e-6) ** 2, visible_sd**2)
+                found[3] = np.where(seen, self.cv * s.response[here], 0.0)
+            for column, part in zip(columns, found, strict=True):
+                column.append(part)
+        self.sign, self.value, self.variance, self.response = (np.concatenate(c) for c in columns)
         self.time_of_row = np.nonzero(self.rows)[0]
         first = self.initial.seen
         self.initial_variance = np.zeros(self.domain.shape) if first.sd is None else first.sd**2 * first.region

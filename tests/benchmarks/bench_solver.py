@@ -136,14 +136,15 @@ def demonstration_case():
         bm.Logistic(k=bm.LogNormal(0.05, 1.0)),
         bm.Isotropic(D=bm.LogNormal(0.1, 1.0)),
         [
+            # Temozolomide and radiotherapy are given on the same days, so only one of the two can be calibrated.
             # Half-lives of the effect: 1.8 hours for temozolomide's plasma level, 17 hours for the other agent.
-            bm.Chemotherapy("temozolomide", efficacy=bm.LogNormal(0.3, 1.0), decay=bm.Fixed(9.24)),
-            bm.Chemotherapy("carboplatin", efficacy=bm.Fixed(0.05), decay=bm.Fixed(1.0)),
+            bm.Chemotherapy("temozolomide", efficacy=bm.Fixed(0.3), decay=bm.Fixed(9.24)),
+            bm.Chemotherapy("carboplatin", efficacy=bm.LogNormal(0.05, 1.0), decay=bm.Fixed(1.0)),
             bm.Radiotherapy(alpha=bm.LogNormal(0.03, 1.0)),
         ],
     )
     u0 = 0.5 * np.exp(-(z**2 + y**2 + x**2) / (2 * (12 / 2.3548) ** 2)) * mask
-    params = {"diffusion.D": 0.1, "growth.k": 0.05, "temozolomide.efficacy": 0.3, "radiotherapy.alpha": 0.03}
+    params = {"diffusion.D": 0.1, "growth.k": 0.05, "carboplatin.efficacy": 0.05, "radiotherapy.alpha": 0.03}
     times = np.linspace(0, 270, 10)[1:]
     return Domain.box(shape, spacing, mask=mask), Schedule(doses, fractions), model, u0, params, times
 
