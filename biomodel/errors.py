@@ -26,6 +26,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "OutputError",
+    "NotFiniteError",
     "SolverError",
     "TumorcastError",
     "UnitError",
@@ -62,6 +63,10 @@ class SolverError(TumorcastError):
     """A solver cannot solve the model it was given, or failed in doing so."""
 
     exit_code: ClassVar[int] = 4
+
+
+class NotFiniteError(SolverError):
+    """The state of a simulation is NaN or infinite: the parameters are too extreme for the model."""
 
 
 class CalibrationError(TumorcastError):

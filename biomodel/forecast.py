@@ -13,10 +13,12 @@ import xarray as xr
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.images import InitialState, computing_box, field_maps
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
-from biomodel.errors import InputError, SolverError
+from biomodel.errors import InputError, NotFiniteError, SolverError
 from biomodel.observation import longest_diameter, observe
 from biomodel.schedule import Schedule
 
+#: Longest forecast, days: a hundred years.
+LONGEST = 36_525.0
 #: Most bytes of states held at once while draws are simulated.
 BLOCK = 2.5e8
 
@@ -125,21 +127,29 @@ def forecast(
         If more than one draw in ten gives a state that is not finite.
     """
     patient = fit.patient
-    first, last = patient.visits[0].day, patient.visits[-1].day
+    first, last = first_day(patient), patient.visits[-1].day
     if times is None:
         if until is None:
             raise InputError("forecast: give the last day as until=..., or the days as times=[...].")
         times = [last, until] if until > last else [until]
-    days = np.unique(np.array([*times, *([until] if until is not None else [])], float))
+    asked = np.unique(np.array([*times, *([until] if until is not None else [])], float))
+    # The model's state begins at the first visit where tumour was measured; nothing is said of days before it.
+    days = asked[(asked >= first) | ~np.isfinite(asked) | (asked < patient.visits[0].day)]
     if not np.isfinite(days).all() or days[0] < first:
         raise InputError(
             f"forecast: times {days.tolist()} must be finite and not before the first visit, day {first:g}."
         )
+    if days[-1] - first > LONGEST:
+        raise InputError(f"forecast: day {days[-1]:g} lies more than {LONGEST:g} days after the first visit.")
+    if isinstance(seed, bool) or seed != int(seed) or seed < 0:
+        raise InputError(f"forecast: seed is {seed!r}; expected a whole number from 0.")
     if not curve_step > 0:
         raise InputError(f"forecast: curve_step is {curve_step}; expected a positive number of days.")
     if draws < 1:
         raise InputError(f"forecast: draws is {draws}; expected at least 1.")
     schedule = patient.schedule if schedule is None else schedule
+    fit.model.check_schedule(schedule)
+    curve_step = max(curve_step, (days[-1] - first) / 1000)
     curve = np.unique(np.concatenate((np.arange(first, days[-1], curve_step), days)))
     run = _volumes if patient.domain.well_mixed else _images
     data, curves, box, notes = run(fit, days, curve, draws, seed, schedule, progress)
@@ -147,6 +157,13 @@ def forecast(
         axis.attrs.update(units="days", baseline=patient.baseline or "day 0 of the record")
     data.attrs.update(patient=patient.id, baseline=patient.baseline or "", calibrated_until=float(last))
     return Forecast(data, curves, fit, schedule, seed, box, (*fit.notes, *notes))
+
+
+def first_day(patient: Patient) -> float:
+    """Day of the first visit where tumour was measured, at which the model's state begins."""
+    if patient.domain.well_mixed:
+        return float(measured(patient)[0][0])
+    return next(s.day for s in (observe(patient, v) for v in patient.visits) if s is not None)
 
 
 def _noise(seed: int, purpose: int) -> np.random.Generator:
@@ -177,7 +194,7 @@ def initial_states(fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np
 
 def _images(fit, days, curve, draws, seed, schedule, progress):
     patient, model = fit.patient, fit.model
-    first = patient.visits[0].day
+    first = first_day(patient)
     box = computing_box(patient, model, float(days[-1] - first))
     domain = patient.domain.crop(box)
     fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
@@ -206,11 +223,8 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
             # One plan for all draws, made at the extremes of the posterior.
             extreme = {n: torch.tensor(np.quantile(values[n], [0.5, 0.95])) for n in model.free}
             plan = simulation.plan(extreme, torch.tensor(u0[:1]), curve)
-        try:
-            u = simulation(params, torch.tensor(u0), curve, plan=plan).cpu().numpy()
-        except SolverError:
-            failed.extend(range(part.start, part.stop))
-            continue
+        u, bad = _run(simulation, params, torch.tensor(u0), curve, plan)
+        failed.extend(part.start + i for i in bad)
         visible_now = u >= visible
         volume[part] = visible_now.sum((2, 3, 4)) * domain.voxel_volume / 1e3
         cells[part] = (u * visible_now).sum((2, 3, 4)) * theta
@@ -252,6 +266,21 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     _units(data)
     _units(curves)
     return data, curves, box, notes
+
+
+def _run(simulation, params, u0, curve, plan) -> tuple[np.ndarray, list[int]]:
+    """States of a block of draws, and which of them are not finite (left at zero)."""
+    try:
+        return simulation(params, u0, curve, plan=plan).cpu().numpy(), []
+    except NotFiniteError:
+        if len(u0) == 1:
+            return np.zeros((1, len(curve), *u0.shape[1:])), [0]
+    parts, bad = [], []
+    for i in range(len(u0)):
+        one, failed = _run(simulation, {n: v[i : i + 1] for n, v in params.items()}, u0[i : i + 1], curve, plan)
+        parts.append(one)
+        bad += [i] * len(failed)
+    return np.concatenate(parts), bad
 
 
 def _share(maps: np.ndarray, visible: float) -> np.ndarray:

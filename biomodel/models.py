@@ -145,6 +145,16 @@ class ReactionDiffusion:
                 f"the schedule has doses of {', '.join(missing)}, but the model has no term for it; add {terms} to "
                 "treatments, or drop the doses with schedule.without(agent)."
             )
+        for term in self.treatments:
+            if isinstance(term, Kill):
+                doses = {d.agent for d in schedule.doses}.intersection(term.agents)
+                ongoing = {o.agent for o in schedule.ongoing}.intersection(term.agents)
+                if doses if term.continuing else ongoing:
+                    have, want = ("single doses", "bm.Chemotherapy") if term.continuing else ("a course", "bm.Systemic")
+                    raise ModelError(
+                        f"the schedule has {have} of {', '.join(sorted(doses or ongoing))}, which {type(term).__name__} "
+                        f"does not describe; use {want} for this agent, or give the two kinds different agent names."
+                    )
         if schedule.fractions and not any(isinstance(t, Jump) for t in self.treatments):
             raise ModelError("the schedule has radiotherapy, but the model has no term for it; add bm.Radiotherapy().")
 

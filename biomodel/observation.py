@@ -59,7 +59,8 @@ def longest_diameter(region: np.ndarray, spacing: tuple[float, float, float]) ->
             try:
                 points = points[ConvexHull(points).vertices]
             except QhullError:  # all on one line: the extreme points are enough
-                points = points[[points.sum(1).argmin(), points.sum(1).argmax()]]
+                order = np.lexsort(points.T)
+                points = points[[order[0], order[-1]]]
         if len(points) > 1:
             best = max(best, float(pdist(points).max()))
         best = max(best, 0.0)

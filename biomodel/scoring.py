@@ -204,6 +204,9 @@ def _carried(forecast: Forecast, patient: Patient, visit) -> dict[str, object]:
         return {}
     fraction = np.where(before.region, 0.0 if before.fraction is None else before.fraction, 0.0)
     row = _compare_maps(fraction, before.region, seen, patient.domain)
+    if before.fraction is None and before.region.any():
+        # A region without a map says nothing of the cell fraction inside it.
+        row = {"dice": row["dice"]}
     if before.fraction is not None and seen.fraction is not None:
         row["cells_error"] = _relative(_cells(before), _cells(seen))
     diameters = [longest_diameter(s.region, patient.domain.spacing) for s in (before, seen)]

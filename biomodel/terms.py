@@ -114,7 +114,12 @@ class Logistic(Growth):
 
 @dataclass(frozen=True)
 class Gompertz(Growth):
-    """Gompertz growth, -k u log u."""
+    """Gompertz growth, -k u log u.
+
+    The rate per cell, -k log u, grows without bound where there are few cells. With diffusion, which carries a few
+    everywhere, tumour then appears far from where it was: on images prefer the logistic law, and read a comparison of
+    growth laws with that in mind. On volumes (no space) nothing of the kind happens.
+    """
 
     k: Prior | Fixed = LogNormal(0.02, 0.7)
     flow = Flow.POWER

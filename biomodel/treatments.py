@@ -59,6 +59,9 @@ class Kill(Treatment):
         """Integral of the hazard from the first dose to now: minus the log of the surviving fraction."""
         raise NotImplementedError
 
+    #: Whether the term describes a therapy that goes on from its start (`Ongoing`) rather than single doses.
+    continuing = False
+
     #: Name of the field that scales the drug in space, or None for a drug that reaches all voxels alike. Its type is
     #: in a comment because an annotation would make it a field of the dataclass.
     map = None  # type: str | None
@@ -265,6 +268,7 @@ class Systemic(Kill):
     V = V0 exp(k t) [(1 - f) exp(-efficacy t) + f] (Stein et al. 2011, doi:10.1158/1078-0432.CCR-10-1762).
     """
 
+    continuing = True
     agent: str = "therapy"
     efficacy: Prior | Fixed = LogNormal(0.01, 1.0)
     resistant: Prior | Fixed | None = LogitNormal(0.3, 1.5)

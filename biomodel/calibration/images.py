@@ -51,6 +51,8 @@ GRID = Parameter(
 REFINABLE = 150_000
 #: Voxels farther from every region than this say nothing new; mm.
 NEIGHBOURHOOD = 12.0
+#: Least standard deviation of a voxel's cell fraction: no model is nearer than that to any tissue.
+LEAST_SD = 0.005
 #: Relative tolerance of the runs that carry noise from the initial state to the residuals' weights.
 ROUGH = 0.02
 
@@ -99,9 +101,8 @@ class InitialState:
     @classmethod
     def of(cls, seen: Seen, visible: float, cv: float, domain: Domain) -> InitialState:
         # From the region's edge, which lies half a voxel beyond the last voxel's centre.
-        distance = distance_transform_edt(~seen.region, sampling=domain.spacing) - 0.5 * min(
-            s for s, n in zip(domain.spacing, domain.shape, strict=True) if n > 1
-        )
+        steps = [s for s, n in zip(domain.spacing, domain.shape, strict=True) if n > 1]
+        distance = distance_transform_edt(~seen.region, sampling=domain.spacing) - 0.5 * min(steps, default=0.0)
         base = np.zeros(domain.shape) if seen.fraction is None else np.maximum(seen.fraction, 0.0) * seen.region
         return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base)
 
@@ -224,7 +225,7 @@ class ImageProblem:
             found = [sign, np.zeros(sign.shape), np.full(sign.shape, visible_sd**2), np.zeros(sign.shape)]
             if s.fraction is not None:
                 found[1] = np.where(seen, s.fraction[here], 0.0)
-                found[2] = np.where(seen, np.maximum(s.sd[here], 1e-6) ** 2, visible_sd**2)
+                found[2] = np.where(seen, np.maximum(s.sd[here], LEAST_SD) ** 2, visible_sd**2)
                 found[3] = np.where(seen, self.cv * s.response[here], 0.0)
             for column, part in zip(columns, found, strict=True):
                 column.append(part)
@@ -417,7 +418,7 @@ class Weights:
         """
         measured = (self.problem.sign == 0) & self.active
         total = float(np.log(self.variance[measured]).sum())
-        if self.linear is None:
+        if self.linear is None or not measured.any():
             return total
         root = np.sqrt(self.variance)
         rng = np.random.default_rng(0)

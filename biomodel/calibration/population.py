@@ -193,8 +193,15 @@ def learn_priors(
     df : float, optional
         Degrees of freedom of the errors; by default those of the patients' records.
     belief : PseudoPatients, optional
-    iterations, draws, seed : int
+        How many patients the starting point counts for.
+    iterations : int
         Of the expectation maximisation.
+    draws : int
+        Of the importance sampling, for each patient.
+    seed : int
+        Of the draws.
+    solver : TorchSolver, optional
+        Solver of the model.
 
     Returns
     -------

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from biomodel.domain import Domain
-from biomodel.errors import SolverError
+from biomodel.errors import NotFiniteError, SolverError
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
 from biomodel.solvers.base import Context, check_fields
@@ -184,7 +184,9 @@ class Simulation(torch.nn.Module):
             values = fields[name] if name in fields else np.stack([d.tissues[name] for d in domains])
             values = np.asarray(values, float)
             values = values[None] if values.ndim == 3 else values
-            setattr(self.context, name, torch.tensor(values[inside], device=self.device))
+            # Nothing outside the mask counts, not even NaN.
+            values = np.where(mask, values, 0.0)[inside]
+            setattr(self.context, name, torch.tensor(values, device=self.device))
         self.maps = {
             t.map: getattr(self.context, t.map) for t in model.treatments if isinstance(t, Kill) and t.map
         }
@@ -363,7 +365,7 @@ class Simulation(torch.nn.Module):
             for _ in range(4):
                 error = self._pilot_error(values, u0, times, counts)
                 if not math.isfinite(error):
-                    raise SolverError("the pilot run is not finite; the parameters are too extreme for this model.")
+                    raise NotFiniteError("the pilot run is not finite; the parameters are too extreme for this model.")
                 factor = math.sqrt(4 / 3 * error / tolerance)
                 wanted = [int(math.ceil(c * factor - 1e-9)) if c else 0 for c in counts]
                 wanted = [max(w, o) for w, o in zip(wanted, once, strict=True)]
@@ -494,7 +496,7 @@ class Simulation(torch.nn.Module):
         out = _Evolve.apply(prepared.evolution, self.solver.memory, len(faces), padded, prepared.scale, *faces,
                             *prepared.leaves)  # fmt: skip
         if not math.isfinite(float(out.detach().sum())):
-            raise SolverError(f"the state is not finite at {dict(params)}; the parameters are too extreme.")
+            raise NotFiniteError(f"the state is not finite at {dict(params)}; the parameters are too extreme.")
         return self._unbox(out[..., 1:-1, 1:-1, 1:-1])
 
     def _still(self, prepared: _Prepared, plan: TimePlan, u: torch.Tensor) -> torch.Tensor:
@@ -505,7 +507,7 @@ class Simulation(torch.nn.Module):
             reached[i + 1] = u
         out = torch.stack([reached[n] for n in plan.outputs], 1)
         if not math.isfinite(float(out.detach().sum())):
-            raise SolverError("the state is not finite; the parameters are too extreme.")
+            raise NotFiniteError("the state is not finite; the parameters are too extreme.")
         return out
 
     def _unbox(self, u: torch.Tensor) -> torch.Tensor:
@@ -574,7 +576,7 @@ class Simulation(torch.nn.Module):
             self.kernels.array(self._pad(u0, batch)), self.kernels.array(tan), d_scale, d_faces, moves, take
         )
         if not math.isfinite(sum(float(x.sum()) for x in (*outputs, *tangents))):
-            raise SolverError("the state or its sensitivities are not finite; the parameters are too extreme.")
+            raise NotFiniteError("the state or its sensitivities are not finite; the parameters are too extreme.")
         if inside is not None:
             return torch.cat(outputs, -1), torch.cat(tangents, -1)
         return self._unbox(torch.stack(outputs, 1)), self._unbox(torch.stack(tangents, 2))
@@ -617,7 +619,7 @@ class Linearisation:
 def coarsen(u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the mask in blocks of two along every axis longer than one; (batch, z, y, x)."""
     weight = mask.to(u.dtype).expand(u.shape)
-    total, count = u * weight, weight
+    total, count = torch.where(weight > 0, u, 0.0), weight
     for axis in (-3, -2, -1):
         n = u.shape[axis]
         if n > 1:

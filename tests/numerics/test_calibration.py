@@ -210,3 +210,22 @@ def test_torch_threads_do_not_change_the_result():
         found.append(bm.calibrate(model(), patient, method=Laplace(MAP(starts=1))).z)
     torch.set_num_threads(1)
     np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("last", [{"adc": None}, {"adc": None, "region": None, "volume": 0.0}])
+def test_no_map_after_the_first_visit(last):
+    """ADC at the first visit alone, then a region or a complete response."""
+    patient = make_patient()
+    patient = dataclasses.replace(patient, visits=(patient.visits[0], dataclasses.replace(patient.visits[1], **last)))
+    fit = bm.calibrate(model(), patient, method=Laplace(MAP(starts=1)))
+    assert np.isfinite(fit.log_evidence) and np.isfinite(fit.z).all()
+
+
+def test_the_forecast_starts_where_the_calibration_did():
+    """A first visit with a volume alone has no map to start from: the state begins at the next one."""
+    patient = make_patient()
+    early = Visit(number=1, day=-15.0, volume=1.0)
+    later = tuple(dataclasses.replace(v, number=v.number + 1) for v in patient.visits)
+    both = [patient, dataclasses.replace(patient, visits=(early, *later))]
+    found = [bm.forecast(bm.calibrate(model(), p), times=[20.0, 30.0], draws=5, seed=0)["cells"].values for p in both]
+    np.testing.assert_allclose(found[0], found[1])
