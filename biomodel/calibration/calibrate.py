@@ -66,6 +66,7 @@ class MAP:
         # Draws of half the prior's width: enough to leave a wrong basin, without extreme models.
         points += [rng.multivariate_normal(prior.mean, prior.covariance / 4) for _ in range(self.starts - 1)]
         problem.replan(first)
+        problem.searching = True
         screened = []
         for point in points:
             try:
@@ -83,6 +84,7 @@ class MAP:
             best = minimise(
                 lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, 0.1, move, progress
             )
+        problem.searching = False
         problem.replan(best.z)
         if not self.marginalise:
             return minimise(

@@ -12,6 +12,10 @@ from biomodel.errors import CalibrationError, SolverError
 from biomodel.parameters import LogNormal, Parameter
 
 
+#: An improvement of the log posterior that changes nothing: a search that gains no more has ended.
+NEGLIGIBLE = 0.05
+
+
 @dataclass(frozen=True, eq=False)
 class GaussianPrior:
     """Gaussian over transformed coordinates: mean (p,), covariance and precision (p, p)."""
@@ -144,7 +148,6 @@ def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, i
         z = trial
         damping = max(damping / 10, 1e-6)
         linear = linearise(z)
-        if now - value < 0.5 * tolerance**2:
-            # What is left is less than the tolerance in units of the log posterior.
+        if now - value < min(NEGLIGIBLE, 5 * tolerance**2):
             return Optimum(z, linear.objective + penalty(z), linear, iteration, True)
     return Optimum(z, linear.objective + penalty(z), linear, iterations, False)

@@ -27,6 +27,7 @@ from biomodel.observation import Seen, observe
 from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.plan import TimePlan
+from biomodel.solvers.plan import TimePlan
 from biomodel.solvers.torch import Simulation, TorchSolver
 from biomodel.treatments import Jump, Kill
 
@@ -198,7 +199,10 @@ class ImageProblem:
         self.names = tuple(self.parameters)
         self._rows()
         self.acting = {n for n in model.free if not n.startswith(tuple(_idle(model, patient, self.days[-1])))}
-        self.plan: TimePlan | None = None
+        self.fine_plan: TimePlan | None = None
+        self.coarse_plan: TimePlan | None = None
+        #: While the search is far from the optimum, runs are no more accurate than the weights.
+        self.searching = False
         self.solves = 0
         # Change of the measured initial state towards its posterior mean, about which the model is linearised.
         self.update = np.zeros(self.domain.shape)
@@ -252,15 +256,20 @@ class ImageProblem:
         u0 = self.initial.state({n: np.array([values[n]]) for n in self.initial.names}) + self.update
         return self._split(values), torch.tensor(u0), self.days[1:]
 
+    @property
+    def plan(self) -> TimePlan | None:
+        """Steps of the model's runs."""
+        return self.coarse_plan if self.searching else self.fine_plan
+
     def replan(self, z: np.ndarray) -> None:
         """Choose the steps anew at these coordinates."""
         arguments = self._arguments(self.values(z))
-        self.plan = self.simulation.plan(*arguments)
+        self.fine_plan = self.simulation.plan(*arguments)
         # Weights need no more accuracy than the noise is known.
         self.coarse_plan = self.rough.plan(*arguments)
         if "grid.error" in self.names:
             self.solves += 9
-            self.grid_error = self.simulation.grid_error(*arguments, plan=self.plan).cpu().numpy()[self.rows]
+            self.grid_error = self.simulation.grid_error(*arguments, plan=self.fine_plan).cpu().numpy()[self.rows]
 
     def _residual(self, predicted: np.ndarray, values: dict) -> tuple[np.ndarray, np.ndarray]:
         """Residuals (n,) and the rows that count."""

@@ -207,6 +207,7 @@ class VolumeProblem:
 
     box = None
     update = None
+    searching = False
 
     def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver,
                  parameters: Mapping[str, Parameter] | None = None, noise: VolumeNoise | None = None):  # fmt: skip
