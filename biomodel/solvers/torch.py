@@ -22,6 +22,8 @@ from biomodel.solvers.reaction import FLOWS, Course, TorchOps
 from biomodel.terms import Flow
 from biomodel.treatments import Kill
 
+#: More steps than this are refused: the parameters are then far from any tumour's.
+MOST_STEPS = 20_000
 #: Safety on the error that the pilot run predicts (0.5 aims at half the tolerance).
 SAFETY = 0.5
 
@@ -369,6 +371,11 @@ class Simulation(torch.nn.Module):
                 factor = math.sqrt(4 / 3 * error / tolerance)
                 wanted = [int(math.ceil(c * factor - 1e-9)) if c else 0 for c in counts]
                 wanted = [max(w, o) for w, o in zip(wanted, once, strict=True)]
+                if sum(wanted) > MOST_STEPS:
+                    raise SolverError(
+                        f"{sum(wanted)} steps would be needed for a relative error of {self.solver.rtol:g}; the parameters "
+                        "are too extreme for this grid, or rtol is too small."
+                    )
                 if factor <= 3:
                     return self.fixed_plan(times, wanted)
                 counts = wanted
@@ -390,8 +397,10 @@ class Simulation(torch.nn.Module):
             out = prepared.evolution.forward(pilot.kernels.array(pilot._pad(start, batch)))
             runs.append([torch.as_tensor(o).to(torch.float64) for o in out])
         worst = 0.0
+        least = 1e-3 * torch.as_tensor(start).to(torch.float64).square().sum((1, 2, 3)).sqrt().cpu()
         for coarse, fine in zip(*runs, strict=True):
-            norm = fine.square().sum((1, 2, 3)).sqrt()
+            # Of a tumour that has all but vanished only the size against the start counts.
+            norm = torch.maximum(fine.square().sum((1, 2, 3)).sqrt(), least)
             gap = (coarse - fine).square().sum((1, 2, 3)).sqrt()
             ratio = torch.where(norm > 0, gap / torch.where(norm > 0, norm, 1.0), 0.0)
             worst = max(worst, float(ratio.max()))
