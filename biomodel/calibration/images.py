@@ -474,7 +474,9 @@ class ImageLinear:
         self.objective = 0.5 * float(self.residual @ solved[0])
         self.gradient = -self.jacobian @ solved[0]
         hessian = self.jacobian @ solved[1:].T
-        self.hessian = (hessian + hessian.T) / 2
+        # Conjugate gradients solve to a tolerance, so that a direction without information may come out negative.
+        values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+        self.hessian = (vectors * np.maximum(values, 0.0)) @ vectors.T
 
     def trial(self, z: np.ndarray) -> float:
         """Objective at another point, with these weights held."""
