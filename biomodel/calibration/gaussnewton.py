@@ -11,7 +11,6 @@ import numpy as np
 from biomodel.errors import CalibrationError, SolverError
 from biomodel.parameters import LogNormal, Parameter
 
-
 #: An improvement of the log posterior that changes nothing: a search that gains no more has ended.
 NEGLIGIBLE = 0.05
 

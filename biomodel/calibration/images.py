@@ -27,7 +27,6 @@ from biomodel.observation import Seen, observe
 from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.plan import TimePlan
-from biomodel.solvers.plan import TimePlan
 from biomodel.solvers.torch import Simulation, TorchSolver
 from biomodel.treatments import Jump, Kill
 
