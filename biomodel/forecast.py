@@ -15,6 +15,7 @@ from biomodel.calibration.images import InitialState, computing_box, field_maps
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
 from biomodel.errors import InputError, NotFiniteError, SolverError
 from biomodel.observation import longest_diameter, observe
+from biomodel.patient import Patient
 from biomodel.schedule import Schedule
 
 #: Longest forecast, days: a hundred years.

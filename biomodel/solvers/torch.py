@@ -373,8 +373,8 @@ class Simulation(torch.nn.Module):
                 wanted = [max(w, o) for w, o in zip(wanted, once, strict=True)]
                 if sum(wanted) > MOST_STEPS:
                     raise SolverError(
-                        f"{sum(wanted)} steps would be needed for a relative error of {self.solver.rtol:g}; the parameters "
-                        "are too extreme for this grid, or rtol is too small."
+                        f"{sum(wanted)} steps would be needed for a relative error of {self.solver.rtol:g}; the "
+                        "parameters are too extreme for this grid, or rtol is too small."
                     )
                 if factor <= 3:
                     return self.fixed_plan(times, wanted)
