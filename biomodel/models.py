@@ -153,7 +153,8 @@ class ReactionDiffusion:
                     have, want = ("single doses", "bm.Chemotherapy") if term.continuing else ("a course", "bm.Systemic")
                     raise ModelError(
                         f"the schedule has {have} of {', '.join(sorted(doses or ongoing))}, which "
-                        f"{type(term).__name__} does not describe; use {want} for this agent, or give the two kinds different agent names."
+                        f"{type(term).__name__} does not describe; use {want} "
+                        "for this agent, or give the two kinds different agent names."
                     )
         if schedule.fractions and not any(isinstance(t, Jump) for t in self.treatments):
             raise ModelError("the schedule has radiotherapy, but the model has no term for it; add bm.Radiotherapy().")
