@@ -8,7 +8,7 @@ joint Gaussian over all of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -258,9 +258,6 @@ class Parameter:
     def typical(self) -> float:
         """The known value, or the prior's median."""
         return self.prior.value if isinstance(self.prior, Fixed) else float(self.prior.to_value(self.prior.location))
-
-    def named(self, name: str) -> Parameter:
-        return replace(self, name=name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,7 +150,7 @@ def demonstration_case():
 
 
 def demonstration() -> None:
-    """The nearest published package's own demonstration; its published times are for two cores too."""
+    """The nearest published package's own demonstration; its times are quoted (two cores), not run here."""
     torch.set_num_threads(2)
     domain, schedule, model, u0, params, times = demonstration_case()
     print("\nthe demonstration of TumorTwin: 77×116×36 voxels, 270 days, 30 fractions, 74 doses, 9 visits; two threads")

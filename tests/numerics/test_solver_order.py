@@ -158,7 +158,6 @@ def test_mass_is_conserved_without_reaction(dtype, limit):
     rng = np.random.default_rng(1)
     mask = rng.random((10, 12, 14)) < 0.8
     domain = Domain.box(mask.shape, (2.5, 1.5, 1.0), mask=mask, tissues={"a": rng.random(mask.shape)})
-    model = bm.ReactionDiffusion(bm.Exponential(bm.Fixed(1e-6)), bm.TissueDiffusion(("a",)))
     from biomodel.terms import NoGrowth
 
     model = bm.ReactionDiffusion(NoGrowth(), bm.Isotropic())

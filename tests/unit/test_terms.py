@@ -70,7 +70,9 @@ def test_priors_go_to_the_gaussian_coordinate_and_back(prior):
     for value in (0.05, 0.4, 0.9):
         assert abs(float(prior.to_value(prior.to_z(value))) - value) < 1e-12
     assert abs(prior.quantile(0.5) - float(prior.to_value(prior.location))) < 1e-12
-    assert prior.at(prior.location, prior.scale) == pytest.approx(prior) or prior.at(prior.location, prior.scale).scale
+    same = prior.at(prior.location, prior.scale)
+    assert type(same) is type(prior)
+    assert (same.location, same.scale) == pytest.approx((prior.location, prior.scale))
     assert prior.quantile(0.95) > prior.quantile(0.05)
 
 
