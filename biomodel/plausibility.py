@@ -31,6 +31,8 @@ ODD_VOXELS = 0.05
 LEAST_OVERLAP = 0.3
 #: Dose per fraction from which radiotherapy is unusual outside radiosurgery, Gy.
 LARGE_FRACTION = 12.0
+#: A planned and a given entry of one treatment at most this far apart are taken for the same, days.
+SAME_TREATMENT = 1.0
 
 
 def plausibility(
@@ -193,11 +195,12 @@ def _course(manifest: PatientManifest, visits: list[Visit], name: str) -> Iterat
 
 
 def _treatments(schedule: Schedule, visits: list[Visit], name: str) -> Iterator[Finding]:
-    for dose, count in Counter((dose.agent, dose.day) for dose in schedule.doses).items():
+    for (agent, day, _), count in Counter((dose.agent, dose.day, dose.status) for dose in schedule.doses).items():
         if count > 1:
-            message = f"{count} doses of {dose[0]} on day {dose[1]:g}."
+            message = f"{count} doses of {agent} on day {day:g}."
             yield _finding("warning", name, message, "Keep one of them if it was entered twice.")
-    for day, count in Counter(fraction.day for fraction in schedule.fractions).items():
+    yield from _planned_and_given(schedule, name)
+    for (day, _), count in Counter((fraction.day, fraction.status) for fraction in schedule.fractions).items():
         if count > 1:
             message = f"{count} radiotherapy fractions at the same hour of day {day:g}."
             yield _finding("warning", name, message, "Keep one of them, or give each its hour.")
@@ -230,3 +233,30 @@ def _treatments(schedule: Schedule, visits: list[Visit], name: str) -> Iterator[
             "Mark what was planned: a forecast otherwise knows the treatments given after its last visit, and says so."
         )
         yield _finding("info", name, message, remedy)
+
+
+def _planned_and_given(schedule: Schedule, name: str) -> Iterator[Finding]:
+    """Find what was entered as planned and, when it had been given, once more as given."""
+    entries = [(dose.agent, dose.day, dose.status) for dose in schedule.doses]
+    entries += [("radiotherapy", fraction.day, fraction.status) for fraction in schedule.fractions]
+    entries += [(one.agent, one.start_day, one.status) for one in schedule.ongoing]
+    for treatment in sorted({entry[0] for entry in entries}):
+        planned, given = (
+            sorted(day for what, day, status in entries if what == treatment and status == wanted)
+            for wanted in ("planned", "given")
+        )
+        # Of daily treatment, today's given and tomorrow's planned entry are two: nearer than half a gap means the same.
+        gaps = [after - before for days in (planned, given) for before, after in pairwise(days) if after > before]
+        reach = min(SAME_TREATMENT, min(gaps, default=np.inf) / 2)
+        pairs = [(plan, done) for plan in planned for done in given if abs(plan - done) <= reach]
+        if pairs:
+            message = (
+                f"{treatment} is entered both as planned and as given, which counts twice: "
+                f"{len(pairs)} time{'s' if len(pairs) > 1 else ''}, first planned on day {pairs[0][0]:g} and given on "
+                f"day {pairs[0][1]:g}."
+            )
+            remedy = (
+                "Keep one entry of each: the planned one if it was given as planned, which a forecast from an earlier "
+                "visit may know; the given one if it was given otherwise."
+            )
+            yield _finding("warning", name, message, remedy)

@@ -256,6 +256,35 @@ def test_fractions(folder):
     plausible(found.items[1], "warning", "patient.json", "fraction of 60 Gy")
 
 
+def treatment(day, status, kind="chemotherapy", **more):
+    dose = {"value": 2, "units": "Gy"} if kind == "radiotherapy" else {"value": 80, "units": "mg/m^2"}
+    return {"kind": kind, "day": day, "dose": dose, "status": status, **more}
+
+
+def test_planned_and_then_given_counts_twice(folder):
+    # the plan: paclitaxel on days 1, 8, 15, ...; a smaller dose and one a day late are the same doses all the same
+    late = [treatment(1, "given"), treatment(9, "given"), treatment(15.6, "given")]
+    late = [{**entry, "agent": "paclitaxel"} for entry in late]
+    late[2]["dose"] = {"value": 60, "units": "mg/m^2"}
+    edit(folder, lambda data: data["treatments"].extend(late))
+    item = only(folder)
+    plausible(item, "warning", "patient.json", "paclitaxel is entered both as planned and as given")
+    assert "3 times, first planned on day 1 and given on day 1." in item.message
+    assert "Keep one entry of each" in item.remedy
+
+
+@pytest.mark.parametrize(("given", "count"), [(range(20), 0), ((0, 1, 2), 0), ((22.2,), 1), ((20, 21, 26), 3)])
+def test_daily_treatment_given_until_now_and_planned_from_tomorrow(folder, given, count):
+    fractions = [treatment(day, "planned", "radiotherapy") for day in range(20, 40)]
+    fractions += [treatment(day, "given", "radiotherapy") for day in given]
+    edit(folder, lambda data: data["treatments"].extend(fractions))
+    found = check(folder)
+    assert len(found) == bool(count), str(found)
+    if count:
+        plausible(found.items[0], "warning", "patient.json", "radiotherapy is entered both as planned and as given")
+        assert f": {count} time" in found.items[0].message
+
+
 def test_nothing_marked_planned(folder):
     edit(folder, lambda data: [entry.update(status="given") for entry in data["treatments"]])
     plausible(only(folder), "info", "patient.json", "No treatment is marked planned")
