@@ -19,6 +19,9 @@ from biomodel.visit import CellularitySettings, Visit, VolumeSettings, check_ord
 
 __all__ = ["CellularitySettings", "Patient", "Visit", "VolumeSettings"]
 
+#: How the note begins that says how a virtual patient was made.
+VIRTUAL = "Virtual:"
+
 
 @dataclass(frozen=True, eq=False)
 class Patient:
@@ -47,7 +50,8 @@ class Patient:
     baseline
         ISO date of day 0.
     notes
-        Remarks that a forecast of this patient and its report show.
+        Remarks that a forecast of this patient and its report show. One that starts with ``Virtual:`` says how a patient
+        that is no person was made, and is never dropped.
 
     Raises
     ------
@@ -206,6 +210,11 @@ class Patient:
 
         write_patient(self, folder, overwrite=overwrite)
 
+    @property
+    def virtual(self) -> bool:
+        """Whether the patient was made by a generator, as a note says."""
+        return any(note.startswith(VIRTUAL) for note in self.notes)
+
     def visit(self, number: int) -> Visit:
         """Return visit `number`, counted from 1.
 
@@ -223,10 +232,14 @@ class Patient:
     def until(self, visit: int) -> Patient:
         """Return what was known right after visit number `visit`.
 
-        Later visits, everything derived from them, the outcome, all notes and every dose marked ``given`` after that
-        day are dropped; ``planned`` doses stay. A record in which nothing is marked planned keeps its later doses, as
-        there is no other knowledge of the plan, and carries a note that says so. A dose on the day of the visit is
-        kept.
+        Later visits, everything derived from them, the outcome, the notes and every dose marked ``given`` after that
+        day are dropped; ``planned`` doses stay, also those before that day. A record in which nothing is marked planned
+        keeps its later doses, as there is no other knowledge of the plan, and carries a note that says so. A dose on
+        the day of the visit is kept, and so is the note that a patient is virtual.
+
+        No note tells that given doses were dropped: that there were any is itself knowledge of what came later. The
+        report, which sees the whole record, says so. A dose entered both as planned and as given stays two doses here
+        as everywhere; the quality check warns of it.
 
         Raises
         ------
@@ -235,7 +248,7 @@ class Patient:
         """
         last = self.visit(visit)
         later = self.schedule.given_after(last.day)
-        notes: tuple[str, ...] = ()
+        notes = tuple(note for note in self.notes if note.startswith(VIRTUAL))
         schedule = self.schedule
         if later and schedule.given_only:
             noun = "treatment" if later == 1 else "treatments"
@@ -243,7 +256,7 @@ class Patient:
                 f"The record marks no treatment as planned, so {later} {noun} recorded as given after day "
                 f"{last.day:g} stay in the schedule: the forecast knows what was really given."
             )
-            notes = (note,)
+            notes = (*notes, note)
         else:
             schedule = schedule.until(last.day)
         return replace(

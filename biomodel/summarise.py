@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -61,9 +61,22 @@ def summarise(
         "scores": scores,
         "what_if": [_alternative(one, forecast, floor) for one in alternatives],
         "findings": None if findings is None else [asdict(item) for item in findings.items],
-        "notes": list(dict.fromkeys((*forecast.notes, *more, *record.notes))),
+        "notes": list(dict.fromkeys((*forecast.notes, *_unknown(forecast.fit.patient, record), *more, *record.notes))),
         "provenance": _provenance(forecast.fit),
     }  # fmt: skip
+
+
+def _unknown(known: Patient, record: Patient) -> Iterator[str]:
+    """Say here, where the whole record may be seen, that it tells of treatments the forecast did not know.
+
+    Not in the forecast itself: that something was given later is knowledge of the future.
+    """
+    last = known.visits[-1].day
+    if record.schedule.given_after(last) and not known.schedule.given_after(last):
+        yield (
+            f"The record holds treatments marked given after day {last:g} beside planned ones. The forecast does not "
+            "know them: after that day it assumes what is marked planned, and nothing else."
+        )
 
 
 def floor_of(known: Patient) -> float:
@@ -73,15 +86,14 @@ def floor_of(known: Patient) -> float:
 
 def _patient(forecast: Forecast, record: Patient, floor: float) -> dict[str, object]:
     domain, data = forecast.fit.patient.domain, forecast.data
-    # The notes of a record are dropped by `until`, as they may tell of later visits; the generator also marks the id.
-    virtual = record.id.startswith("virtual") or any(note.startswith("Virtual") for note in record.notes)
     grid = None if domain.well_mixed else {
         "shape": list(domain.shape), "computed": [data.sizes[axis] for axis in "zyx"],
         "spacing_mm": [_plain(step) for step in domain.spacing],
         "visible_fraction": _plain(data.attrs["visible_fraction"]), "cells_per_voxel": _plain(data.attrs["theta"]),
     }  # fmt: skip
     return {
-        "id": record.id, "organ": record.organ, "baseline": record.baseline, "virtual": virtual, "grid": grid,
+        "id": record.id, "organ": record.organ, "baseline": record.baseline,
+        "virtual": record.virtual or forecast.fit.patient.virtual, "grid": grid,
         "detection_floor_cm3": _plain(floor), "clinical": {k: _plain(v) for k, v in record.clinical.items()},
         "outcome": None if record.outcome is None else {k: _plain(v) for k, v in record.outcome.items()},
     }  # fmt: skip

@@ -387,6 +387,26 @@ def test_until_of_a_record_that_knows_only_given_doses():
     assert make_patient(2, given).until(2).fingerprint() == make_patient(3, given).until(2).fingerprint()
 
 
+def test_until_beside_planned_doses():
+    """Later given doses go, planned ones stay, and no note tells that something was given later."""
+    plan = Schedule.weekly("paclitaxel", 1, 12, 80, "mg/m^2", status="planned")
+    given = tuple(Dose(dose.day, dose.agent, dose.amount, dose.units) for dose in plan.doses)
+    known = make_patient(3, plan.with_doses(given)).until(2)
+    assert known.schedule == plan.with_doses(given[:3])  # days 1, 8 and 15 of both kinds: that is for the check to say
+    assert known.notes == ()
+
+
+def test_a_virtual_patient_stays_virtual():
+    made = "Virtual: made for a test."
+    patient = make_patient(notes=(made, "progressed at the third visit"))
+    assert patient.virtual and patient.until(2).notes == (made,) and patient.until(2).virtual
+    assert patient.until(2).without_images().virtual
+    assert not make_patient(notes=("A virtual reality headset was worn.",)).virtual
+    given = Schedule.weekly("paclitaxel", 0, 12, 80, "mg/m^2")
+    first, second = make_patient(3, given, notes=(made,)).until(2).notes
+    assert first == made and "stay in the schedule" in second
+
+
 def test_notes_travel_with_the_folder(tmp_path):
     known = make_patient(3, Schedule.weekly("paclitaxel", 0, 12, 80, "mg/m^2")).until(2)
     known.write(tmp_path / "a")

@@ -173,9 +173,11 @@ def test_where_the_observation_lies(made, seen, place):
 
 def test_virtual_patients_are_named_virtual(imaged, make_imaged):
     patient = replace(imaged.patient, notes=("Virtual: made up.",))
-    page = Report(results(replace(imaged.forecast, fit=make_imaged.fit(patient.until(2))), patient)).html()
-    assert "virtual patient, breast" in page and "This patient is virtual" in page and "P014 (virtual)" in page
-    assert "says little about real patients" in page
+    forecast = replace(imaged.forecast, fit=make_imaged.fit(patient.until(2)))
+    for made in (report(forecast, patient), report(forecast)):  # with the whole record, and without
+        page = made.html()
+        assert "virtual patient, breast" in page and "This patient is virtual" in page and "P014 (virtual)" in page
+        assert "says little about real patients" in page
 
 
 def test_text_from_data_is_escaped(make_imaged):

@@ -51,6 +51,17 @@ def test_summary_agrees_with_the_arrays(full, imaged):
     assert {row["predictor"] for row in full.summary["scores"]} == {"forecast", "carry-forward", "exponential volume"}
 
 
+def test_treatments_that_the_forecast_did_not_know_are_named(full, imaged, volumes):
+    # the record marks paclitaxel planned and, after the second visit, fractions given
+    (note,) = [note for note in full.summary["notes"] if "marked given after day 20" in note]
+    assert "assumes what is marked planned" in note and "5" not in note
+    assert note not in imaged.forecast.notes and note not in imaged.forecast.fit.patient.notes
+    assert note not in results(imaged.forecast).summary["notes"]
+    assert note in results(volumes.forecast, volumes.patient).summary["notes"]
+    planned = replace(imaged.patient, schedule=imaged.patient.until(2).schedule)
+    assert note not in results(imaged.forecast, planned).summary["notes"]
+
+
 def test_observed_maps_lie_on_the_box(full, imaged):
     seen, box = full.data("observations"), imaged.forecast.box
     assert np.array_equal(seen["region"].values[0], imaged.patient.visits[0].region[box])
