@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from biomodel.errors import ModelError
+
+#: What a pointwise function computes with and returns: whatever numbers the back end supplies (a float, an array, a
+#: tensor, a symbolic expression).
+Operand: TypeAlias = Any
 
 
 class NumpyOps:
@@ -25,7 +29,7 @@ class NumpyOps:
     where = staticmethod(np.where)
 
     @staticmethod
-    def xlogx(u):
+    def xlogx(u) -> Operand:
         """u log u, continued by 0 for u <= 0."""
         u = np.asarray(u, float)
         return np.where(u > 0, u * np.log(np.where(u > 0, u, 1.0)), 0.0)
@@ -35,11 +39,11 @@ class NumpyOps:
 class Prior:
     """A prior that is Gaussian in a transformed coordinate. Use one of its subclasses."""
 
-    def to_z(self, value, ops=NumpyOps):
+    def to_z(self, value, ops=NumpyOps) -> Operand:
         """Transformed coordinate of a value."""
         raise NotImplementedError
 
-    def to_value(self, z, ops=NumpyOps):
+    def to_value(self, z, ops=NumpyOps) -> Operand:
         """Value at a transformed coordinate."""
         raise NotImplementedError
 
@@ -88,10 +92,10 @@ class LogNormal(Prior):
     def __post_init__(self):
         _positive("LogNormal", median=self.median, sigma=self.sigma)
 
-    def to_z(self, value, ops=NumpyOps):
+    def to_z(self, value, ops=NumpyOps) -> Operand:
         return ops.log(value)
 
-    def to_value(self, z, ops=NumpyOps):
+    def to_value(self, z, ops=NumpyOps) -> Operand:
         return ops.exp(z)
 
     @property
@@ -118,10 +122,10 @@ class LogitNormal(Prior):
         if self.median >= 1:
             raise ModelError(f"LogitNormal: median is {self.median!r}; a fraction lies between 0 and 1.")
 
-    def to_z(self, value, ops=NumpyOps):
+    def to_z(self, value, ops=NumpyOps) -> Operand:
         return ops.log(value / (1 - value))
 
-    def to_value(self, z, ops=NumpyOps):
+    def to_value(self, z, ops=NumpyOps) -> Operand:
         return 1 / (1 + ops.exp(-z))
 
     @property
@@ -160,11 +164,11 @@ class SoftplusNormal(Prior):
     def __post_init__(self):
         _positive("SoftplusNormal", median=self.median, sigma=self.sigma, unit=self.unit)
 
-    def to_z(self, value, ops=NumpyOps):
+    def to_z(self, value, ops=NumpyOps) -> Operand:
         x = value / self.unit
         return x + ops.log(1 - ops.exp(-x))
 
-    def to_value(self, z, ops=NumpyOps):
+    def to_value(self, z, ops=NumpyOps) -> Operand:
         # Branches are guarded so that none overflows: automatic differentiation evaluates them all.
         small = ops.exp(ops.where(z > 0, -z, z))
         tail = ops.where(z < -18.0, small, ops.log(1 + small))
@@ -192,10 +196,10 @@ class Normal(Prior):
     def __post_init__(self):
         _positive("Normal", sd=self.sd)
 
-    def to_z(self, value, ops=NumpyOps):
+    def to_z(self, value, ops=NumpyOps) -> Operand:
         return value
 
-    def to_value(self, z, ops=NumpyOps):
+    def to_value(self, z, ops=NumpyOps) -> Operand:
         return z
 
     @property
@@ -211,14 +215,31 @@ class Normal(Prior):
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """A parameter that is known: it keeps `value` and is not calibrated."""
+class Fixed(Prior):
+    """A parameter that is known: all the prior's mass is at `value`, and nothing is calibrated."""
 
     value: float
 
     def __post_init__(self):
         if not math.isfinite(self.value):
             raise ModelError(f"Fixed: value is {self.value!r}; expected a finite number.")
+
+    def to_z(self, value, ops=NumpyOps) -> Operand:
+        return value
+
+    def to_value(self, z, ops=NumpyOps) -> Operand:
+        return z
+
+    @property
+    def location(self) -> float:
+        return self.value
+
+    @property
+    def scale(self) -> float:
+        return 0.0
+
+    def at(self, location: float, scale: float) -> Prior:
+        raise ModelError(f"Fixed: the value {self.value} is known; give the parameter a prior before it is learned.")
 
 
 @dataclass(frozen=True)
@@ -231,8 +252,8 @@ class Parameter:
         Name within its term (`k`); the model prefixes it (`growth.k`).
     units : str
         Unit of the value.
-    prior : Prior or Fixed
-        Prior of the value, or its known value.
+    prior : Prior
+        Prior of the value; `Fixed` where it is known.
     bounds : (float, float)
         Values outside are refused by `simulate` and never tried by a calibration.
     source : str
@@ -241,7 +262,7 @@ class Parameter:
 
     name: str
     units: str
-    prior: Prior | Any  # or Fixed; what asks for coordinates only ever meets free parameters
+    prior: Prior
     bounds: tuple[float, float]
     source: str = ""
     description: str = ""
@@ -257,7 +278,7 @@ class Parameter:
     @property
     def typical(self) -> float:
         """The known value, or the prior's median."""
-        return self.prior.value if isinstance(self.prior, Fixed) else float(self.prior.to_value(self.prior.location))
+        return float(self.prior.to_value(self.prior.location))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from biomodel.parameters import Fixed, LogNormal, Parameter, Prior
+from biomodel.parameters import LogNormal, Operand, Parameter, Prior
 
 YANKEELOV = "Yankeelov et al. 2013, Sci Transl Med 5:187ps9, doi:10.1126/scitranslmed.3005686"
 JARRETT = "Jarrett et al. 2018, Phys Med Biol 63:105015, doi:10.1088/1361-6560/aac040"
@@ -56,7 +56,7 @@ class Growth(Term):
     def name(self) -> str:
         return "growth"
 
-    def rate(self, u, p, c, ops):
+    def rate(self, u, p, c, ops) -> Operand:
         """Growth rate of the cell fraction, 1/day."""
         raise NotImplementedError
 
@@ -64,7 +64,7 @@ class Growth(Term):
     #: coefficients; otherwise solvers integrate `rate` numerically.
     flow: ClassVar[Flow | None] = None
 
-    def flow_coefficients(self, p, c, ops):
+    def flow_coefficients(self, p, c, ops) -> tuple[Operand, Operand]:
         """Coefficients (a, b) of the closed-form flow over a step.
 
         `c.dt` is the step's length, `c.kill` the kill exponent of the whole step, and ``c.integral(f)`` the integral
@@ -78,17 +78,17 @@ class Growth(Term):
 class Exponential(Growth):
     """Exponential growth, k u."""
 
-    k: Prior | Fixed = LogNormal(0.03, 0.7)
+    k: Prior = LogNormal(0.03, 0.7)
     flow = Flow.BERNOULLI
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (Parameter("k", "1/day", self.k, (1e-6, 2.0), JARRETT, "net proliferation rate"),)
 
-    def rate(self, u, p, c, ops):
+    def rate(self, u, p, c, ops) -> Operand:
         return p["k"] * u
 
-    def flow_coefficients(self, p, c, ops):
+    def flow_coefficients(self, p, c, ops) -> tuple[Operand, Operand]:
         growth = ops.exp(p["k"] * c.dt - c.kill)
         return growth, 0.0 * growth
 
@@ -97,17 +97,17 @@ class Exponential(Growth):
 class Logistic(Growth):
     """Logistic growth, k u (1 - u)."""
 
-    k: Prior | Fixed = LogNormal(0.05, 0.4)
+    k: Prior = LogNormal(0.05, 0.4)
     flow = Flow.BERNOULLI
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (Parameter("k", "1/day", self.k, (1e-6, 2.0), JARRETT, "proliferation rate"),)
 
-    def rate(self, u, p, c, ops):
+    def rate(self, u, p, c, ops) -> Operand:
         return p["k"] * u * (1 - u)
 
-    def flow_coefficients(self, p, c, ops):
+    def flow_coefficients(self, p, c, ops) -> tuple[Operand, Operand]:
         k = p["k"]
         return ops.exp(k * c.dt - c.kill), k * c.integral(lambda s, rest, kill: ops.exp(k * s - kill))
 
@@ -121,17 +121,17 @@ class Gompertz(Growth):
     growth laws with that in mind. On volumes (no space) nothing of the kind happens.
     """
 
-    k: Prior | Fixed = LogNormal(0.02, 0.7)
+    k: Prior = LogNormal(0.02, 0.7)
     flow = Flow.POWER
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (Parameter("k", "1/day", self.k, (1e-6, 2.0), LALEH, "Gompertz rate"),)
 
-    def rate(self, u, p, c, ops):
+    def rate(self, u, p, c, ops) -> Operand:
         return -p["k"] * ops.xlogx(u)
 
-    def flow_coefficients(self, p, c, ops):
+    def flow_coefficients(self, p, c, ops) -> tuple[Operand, Operand]:
         # y = log u obeys y' = -k y - kill'(s): linear, solved with one integration by parts so that jumps of the
         # kill exponent need no derivative.
         k = p["k"]
@@ -144,10 +144,10 @@ class NoGrowth(Growth):
 
     flow = Flow.BERNOULLI
 
-    def rate(self, u, p, c, ops):
+    def rate(self, u, p, c, ops) -> Operand:
         return 0.0 * u
 
-    def flow_coefficients(self, p, c, ops):
+    def flow_coefficients(self, p, c, ops) -> tuple[Operand, Operand]:
         growth = ops.exp(-c.kill)
         return growth, 0.0 * growth
 
@@ -163,7 +163,7 @@ class Diffusion(Term):
     #: Name of the one parameter that is D itself where D is the same everywhere, else None.
     uniform: ClassVar[str | None] = None
 
-    def coefficient(self, u, p, c, ops):
+    def coefficient(self, u, p, c, ops) -> Operand:
         """Diffusivity D, mm²/day."""
         raise NotImplementedError
 
@@ -172,14 +172,14 @@ class Diffusion(Term):
 class Isotropic(Diffusion):
     """One diffusivity D everywhere in the organ."""
 
-    D: Prior | Fixed = LogNormal(0.1, 0.5)
+    D: Prior = LogNormal(0.1, 0.5)
     uniform = "D"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (Parameter("D", "mm^2/day", self.D, (1e-6, 20.0), JARRETT, "diffusivity of tumour cells"),)
 
-    def coefficient(self, u, p, c, ops):
+    def coefficient(self, u, p, c, ops) -> Operand:
         return p["D"]
 
 
@@ -192,7 +192,7 @@ class TissueDiffusion(Diffusion):
     """
 
     tissues: tuple[str, ...] = ("adipose", "fibroglandular")
-    D: tuple[Prior | Fixed, ...] = ()
+    D: tuple[Prior, ...] = ()
 
     def __post_init__(self):
         if not self.D:
@@ -213,7 +213,7 @@ class TissueDiffusion(Diffusion):
     def fields(self) -> tuple[str, ...]:
         return self.tissues
 
-    def coefficient(self, u, p, c, ops):
+    def coefficient(self, u, p, c, ops) -> Operand:
         total = sum(getattr(c, t) for t in self.tissues)
         weighted = sum(p[f"D_{t}"] * getattr(c, t) for t in self.tissues)
         # Voxels of no listed tissue take the plain mean, so that D stays positive in the whole mask.
@@ -226,5 +226,5 @@ class TissueDiffusion(Diffusion):
 class NoDiffusion(Diffusion):
     """No movement of cells: every voxel for itself, as in a well-mixed domain."""
 
-    def coefficient(self, u, p, c, ops):
+    def coefficient(self, u, p, c, ops) -> Operand:
         return 0.0

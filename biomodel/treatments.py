@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from biomodel.errors import ModelError
-from biomodel.parameters import Fixed, LogitNormal, LogNormal, Parameter, Prior
+from biomodel.parameters import Fixed, LogitNormal, LogNormal, Operand, Parameter, Prior
 from biomodel.terms import JARRETT, Term
 
 #: Usual single doses by agent, the unit of `level` (NCCN breast cancer regimens; KEYNOTE-522, Schmid et al. 2020,
@@ -47,15 +47,15 @@ class Kill(Treatment):
         """A dose in units of the reference dose."""
         return 1.0
 
-    def kinetics(self, elapsed, p, ops, agent):
+    def kinetics(self, elapsed, p, ops, agent) -> tuple[Operand, Operand]:
         """Level and exposure at time `elapsed` (day, positive) after one reference dose of an agent."""
         raise NotImplementedError
 
-    def rate(self, u, p, c, ops):
+    def rate(self, u, p, c, ops) -> Operand:
         """Hazard (1/day) at the current `c.level[agent]`, `c.exposure[agent]` and drug map `c.map` (1 without one)."""
         raise NotImplementedError
 
-    def cumulative(self, p, c, ops):
+    def cumulative(self, p, c, ops) -> Operand:
         """Integral of the hazard from the first dose to now: minus the log of the surviving fraction."""
         raise NotImplementedError
 
@@ -72,16 +72,43 @@ class Kill(Treatment):
 
 
 @dataclass(frozen=True)
+class Sparing(Kill):
+    """A kill in proportion to the level of its drugs, which spares a fraction f of the cells.
+
+    With efficacy a and exposure E the surviving fraction is (1 - f) exp(-a E map) + f, where f is the term's parameter
+    ``resistant``; without such a parameter f = 0.
+    """
+
+    def strength(self, p, amounts) -> Operand:
+        """Sum over the agents of efficacy times amount, where the amounts are levels or exposures."""
+        (agent,) = self.agents
+        return p["efficacy"] * amounts[agent]
+
+    def rate(self, u, p, c, ops) -> Operand:
+        hazard = self.strength(p, c.level) * c.map
+        if "resistant" not in p:
+            return hazard
+        sensitive = (1 - p["resistant"]) * ops.exp(-self.strength(p, c.exposure) * c.map)
+        return hazard * sensitive / (sensitive + p["resistant"])
+
+    def cumulative(self, p, c, ops) -> Operand:
+        exponent = self.strength(p, c.exposure) * c.map
+        if "resistant" not in p:
+            return exponent
+        return -ops.log((1 - p["resistant"]) * ops.exp(-exponent) + p["resistant"])
+
+
+@dataclass(frozen=True)
 class Jump(Treatment):
     """An instantaneous loss: u becomes survival * u at each fraction."""
 
-    def survival(self, p, c, ops):
+    def survival(self, p, c, ops) -> Operand:
         """Surviving fraction after a fraction of `c.dose` (Gy)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Chemotherapy(Kill):
+class Chemotherapy(Sparing):
     """A drug whose effect decays exponentially after each dose: hazard = efficacy * level * map.
 
     Parameters
@@ -105,10 +132,10 @@ class Chemotherapy(Kill):
     """
 
     agent: str = ""
-    efficacy: Prior | Fixed = LogNormal(0.08, 0.6)
-    decay: Prior | Fixed = Fixed(0.35)
+    efficacy: Prior = LogNormal(0.08, 0.6)
+    decay: Prior = Fixed(0.35)
     map: str | None = None
-    resistant: Prior | Fixed | None = None
+    resistant: Prior | None = None
     reference_dose: tuple[float, str] | None = None
 
     def __post_init__(self):
@@ -144,23 +171,8 @@ class Chemotherapy(Kill):
         assert self.reference_dose is not None  # set when the term was made
         return relative_dose(self.reference_dose, amount, units, agent)
 
-    def kinetics(self, elapsed, p, ops, agent):
+    def kinetics(self, elapsed, p, ops, agent) -> tuple[Operand, Operand]:
         return decaying(elapsed, p["decay"], ops)
-
-    def rate(self, u, p, c, ops):
-        (agent,) = self.agents
-        hazard = p["efficacy"] * c.level[agent] * c.map
-        if self.resistant is None:
-            return hazard
-        sensitive = (1 - p["resistant"]) * ops.exp(-p["efficacy"] * c.exposure[agent] * c.map)
-        return hazard * sensitive / (sensitive + p["resistant"])
-
-    def cumulative(self, p, c, ops):
-        (agent,) = self.agents
-        exponent = p["efficacy"] * c.exposure[agent] * c.map
-        if self.resistant is None:
-            return exponent
-        return -ops.log((1 - p["resistant"]) * ops.exp(-exponent) + p["resistant"])
 
 
 def relative_dose(reference: tuple[float, str], amount: float, units: str, agent: str) -> float:
@@ -173,14 +185,14 @@ def relative_dose(reference: tuple[float, str], amount: float, units: str, agent
     return amount / reference[0]
 
 
-def decaying(elapsed, decay, ops):
+def decaying(elapsed, decay, ops) -> tuple[Operand, Operand]:
     """Level and exposure of an effect that decays exponentially."""
     level = ops.exp(-decay * elapsed)
     return level, (1 - level) / decay
 
 
 @dataclass(frozen=True)
-class Combination(Kill):
+class Combination(Sparing):
     """Several drugs that spare the same resistant cells.
 
     The surviving fraction is (1 - f) exp(-sum_j efficacy_j exposure_j) + f: cells that one drug does not reach are
@@ -201,9 +213,9 @@ class Combination(Kill):
     """
 
     drugs: tuple[str, ...] = ()
-    efficacy: tuple[Prior | Fixed, ...] = ()
-    resistant: Prior | Fixed = LogitNormal(0.05, 1.2)
-    decay: Prior | Fixed = Fixed(0.35)
+    efficacy: tuple[Prior, ...] = ()
+    resistant: Prior = LogitNormal(0.05, 1.2)
+    decay: Prior = Fixed(0.35)
     reference_doses: tuple[tuple[float, str], ...] = ()
     label: str = "chemotherapy"
 
@@ -245,22 +257,15 @@ class Combination(Kill):
     def relative_amount(self, amount: float, units: str, agent: str) -> float:
         return relative_dose(self.reference_doses[self.drugs.index(agent)], amount, units, agent)
 
-    def kinetics(self, elapsed, p, ops, agent):
+    def kinetics(self, elapsed, p, ops, agent) -> tuple[Operand, Operand]:
         return decaying(elapsed, p["decay"], ops)
 
-    def rate(self, u, p, c, ops):
-        hazard = sum(p[f"efficacy_{a}"] * c.level[a] for a in self.drugs) * c.map
-        exponent = sum(p[f"efficacy_{a}"] * c.exposure[a] for a in self.drugs) * c.map
-        sensitive = (1 - p["resistant"]) * ops.exp(-exponent)
-        return hazard * sensitive / (sensitive + p["resistant"])
-
-    def cumulative(self, p, c, ops):
-        exponent = sum(p[f"efficacy_{a}"] * c.exposure[a] for a in self.drugs) * c.map
-        return -ops.log((1 - p["resistant"]) * ops.exp(-exponent) + p["resistant"])
+    def strength(self, p, amounts) -> Operand:
+        return sum(p[f"efficacy_{a}"] * amounts[a] for a in self.drugs)
 
 
 @dataclass(frozen=True)
-class Systemic(Kill):
+class Systemic(Sparing):
     """A continuing therapy of unknown doses that begins at a day (immunotherapy, targeted or hormone therapy).
 
     Without `resistant` the hazard is constant from the start on. With it, a sensitive fraction 1 - f declines at
@@ -270,8 +275,8 @@ class Systemic(Kill):
 
     continuing = True
     agent: str = "therapy"
-    efficacy: Prior | Fixed = LogNormal(0.01, 1.0)
-    resistant: Prior | Fixed | None = LogitNormal(0.3, 1.5)
+    efficacy: Prior = LogNormal(0.01, 1.0)
+    resistant: Prior | None = LogitNormal(0.3, 1.5)
 
     @property
     def name(self) -> str:
@@ -289,11 +294,8 @@ class Systemic(Kill):
             return first
         return (*first, Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), source, "fraction not killed"))
 
-    def kinetics(self, elapsed, p, ops, agent):
+    def kinetics(self, elapsed, p, ops, agent) -> tuple[Operand, Operand]:
         return 0.0 * elapsed + 1.0, elapsed
-
-    rate = Chemotherapy.rate
-    cumulative = Chemotherapy.cumulative
 
 
 @dataclass(frozen=True)
@@ -310,8 +312,8 @@ class Radiotherapy(Jump):
         The ratio alpha / beta (Gy).
     """
 
-    alpha: Prior | Fixed = LogNormal(0.04, 0.6)
-    alpha_beta: Prior | Fixed = Fixed(10.0)
+    alpha: Prior = LogNormal(0.04, 0.6)
+    alpha_beta: Prior = Fixed(10.0)
 
     @property
     def name(self) -> str:
@@ -325,5 +327,5 @@ class Radiotherapy(Jump):
             Parameter("alpha_beta", "Gy", self.alpha_beta, (0.5, 50.0), source, "alpha over beta"),
         )
 
-    def survival(self, p, c, ops):
+    def survival(self, p, c, ops) -> Operand:
         return ops.exp(-p["alpha"] * c.dose * (1 + c.dose / p["alpha_beta"]))

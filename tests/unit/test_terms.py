@@ -1,13 +1,14 @@
 """Terms, priors and models: the checks of a term, and the messages of a wrong model."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import biomodel as bm
 from biomodel.errors import ModelError
-from biomodel.parameters import Fixed, JointPrior, LogitNormal, LogNormal, Normal, Parameter
+from biomodel.parameters import Fixed, JointPrior, LogitNormal, LogNormal, Normal, NumpyOps, Parameter, Prior
 from biomodel.schedule import Fraction, Schedule
 from biomodel.terms import Exponential, Gompertz, Growth, Isotropic, Logistic, NoDiffusion, NoGrowth, TissueDiffusion
 from biomodel.testing import check_term
@@ -108,3 +109,24 @@ def test_models_are_changed_by_making_new_ones():
     with pytest.raises(ModelError, match="is fixed"):
         fixed.with_joint_prior(joint)
     assert "paclitaxel.efficacy" in model._repr_html_()
+
+
+def test_what_is_known_is_a_prior_with_all_its_mass_there():
+    known = Fixed(0.35)
+    assert isinstance(known, Prior) and (known.location, known.scale, known.quantile(0.05)) == (0.35, 0.0, 0.35)
+    assert Parameter("k", "1/day", known, (0.0, 1.0)).typical == 0.35
+    assert known.to_value(known.to_z(0.4)) == 0.4
+    with pytest.raises(ModelError, match="is known"):
+        known.at(0.3, 1.0)
+
+
+def test_drugs_of_a_combination_spare_the_same_cells():
+    together = Combination(("paclitaxel", "doxorubicin"))
+    alone = Chemotherapy("paclitaxel", resistant=LogitNormal(0.2, 1.0))
+    p = {"efficacy": 0.1, "efficacy_paclitaxel": 0.1, "efficacy_doxorubicin": 0.3, "decay": 0.35, "resistant": 0.2}
+    c = SimpleNamespace(level={"paclitaxel": 1.5, "doxorubicin": 0.5}, exposure={"paclitaxel": 4.0, "doxorubicin": 2.0})
+    c.map = 1.0
+    assert together.cumulative(p, c, NumpyOps) == pytest.approx(-np.log(0.8 * np.exp(-1.0) + 0.2))
+    assert alone.cumulative(p, c, NumpyOps) == pytest.approx(-np.log(0.8 * np.exp(-0.4) + 0.2))
+    assert Combination(("paclitaxel",)).cumulative(p, c, NumpyOps) == alone.cumulative(p, c, NumpyOps)
+    assert together.rate(0.5, p, c, NumpyOps) == pytest.approx(0.3 * 0.8 * np.exp(-1.0) / (0.8 * np.exp(-1.0) + 0.2))
