@@ -12,6 +12,7 @@ from types import MappingProxyType
 from biomodel.errors import ModelError
 from biomodel.parameters import Fixed, JointPrior, Parameter, Prior
 from biomodel.schedule import Schedule
+from biomodel.tables import html_table
 from biomodel.terms import Diffusion, Growth, Isotropic, Logistic, Term
 from biomodel.treatments import Jump, Kill, Treatment
 
@@ -44,7 +45,7 @@ class ReactionDiffusion:
     growth: Growth = field(default_factory=Logistic)
     diffusion: Diffusion = field(default_factory=Isotropic)
     treatments: Sequence[Treatment] = ()
-    priors: Mapping[str, Prior | Fixed] = field(default_factory=dict)
+    priors: Mapping[str, Prior] = field(default_factory=dict)
     joint: JointPrior | None = None
 
     def __post_init__(self):
@@ -123,7 +124,7 @@ class ReactionDiffusion:
                     )
         return values
 
-    def with_priors(self, priors: Mapping[str, Prior | Fixed]) -> ReactionDiffusion:
+    def with_priors(self, priors: Mapping[str, Prior]) -> ReactionDiffusion:
         """The same model with other priors for some parameters, by global name."""
         return replace(self, priors={**self.priors, **priors})
 
@@ -160,10 +161,8 @@ class ReactionDiffusion:
             raise ModelError("the schedule has radiotherapy, but the model has no term for it; add bm.Radiotherapy().")
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{name}</td><td>{p.typical:.4g}</td><td>{p.units}</td>"
-            f"<td>{'known' if p.fixed else p.prior}</td><td>{p.description}</td></tr>"
+        rows = [
+            (name, f"{p.typical:.4g}", p.units, "known" if p.fixed else p.prior, p.description)
             for name, p in self.parameters.items()
-        )
-        head = "<tr><th>parameter</th><th>median</th><th>unit</th><th>prior</th><th>meaning</th></tr>"
-        return f"<b>{self.label}</b><table>{head}{rows}</table>"
+        ]
+        return html_table(("parameter", "median", "unit", "prior", "meaning"), rows, self.label)

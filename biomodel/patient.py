@@ -15,6 +15,7 @@ import numpy as np
 from biomodel.domain import Domain
 from biomodel.errors import InputError
 from biomodel.schedule import Schedule
+from biomodel.tables import html_table
 from biomodel.visit import CellularitySettings, Visit, VolumeSettings, check_order, check_visit, plain_fields, require
 
 __all__ = ["CellularitySettings", "Patient", "Visit", "VolumeSettings"]
@@ -50,8 +51,8 @@ class Patient:
     baseline
         ISO date of day 0.
     notes
-        Remarks that a forecast of this patient and its report show. One that starts with ``Virtual:`` says how a patient
-        that is no person was made, and is never dropped.
+        Remarks that a forecast of this patient and its report show. One that starts with ``Virtual:`` says how a
+        patient that is no person was made, and is never dropped.
 
     Raises
     ------
@@ -348,13 +349,12 @@ class Patient:
                 "–" if volume is None else f"{volume:.3g}",
                 "–" if visit.longest_diameter is None else f"{visit.longest_diameter:.3g}",
             )
-            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-        head = "".join(f"<th>{name}</th>" for name in ("visit", "day", "ADC", "region", "volume, cm³", "diameter, mm"))
+            rows.append(cells)
+        table = html_table(("visit", "day", "ADC", "region", "volume, cm³", "diameter, mm"), rows)
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         agents = ", ".join(self.schedule.agents) or "no drugs"
         fractions = f", {len(self.schedule.fractions)} radiotherapy fractions" if self.schedule.fractions else ""
         return (
             f"<p><b>{html.escape(self.id)}</b>, {html.escape(self.organ)}; {html.escape(repr(self.domain))}; "
-            f"{html.escape(agents)}{fractions}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-            f"</table>{notes}"
+            f"{html.escape(agents)}{fractions}</p>{table}{notes}"
         )

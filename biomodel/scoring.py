@@ -11,6 +11,7 @@ from biomodel.errors import InputError
 from biomodel.forecast import Forecast, _plain
 from biomodel.observation import longest_diameter, observe
 from biomodel.patient import Patient
+from biomodel.tables import html_table
 
 
 def concordance(x: np.ndarray, y: np.ndarray) -> float:
@@ -87,12 +88,11 @@ class Score:
 
     def _repr_html_(self) -> str:
         names = [n for n in self.rows[0] if any(r.get(n) is not None for r in self.rows)] if self.rows else []
-        head = "".join(f"<th>{n}</th>" for n in names)
-        def cell(value):
+
+        def cell(value: object) -> str:
             return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-        body = "".join("<tr>" + "".join(f"<td>{cell(r[n])}</td>" for n in names) + "</tr>" for r in self.rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
+        return html_table(names, [[cell(r[n]) for n in names] for r in self.rows])
 
 
 def _relative(predicted: float, observed: float) -> float:

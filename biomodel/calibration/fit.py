@@ -14,6 +14,7 @@ from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.torch import TorchSolver
+from biomodel.tables import html_table
 
 #: A parameter counts as identified where its posterior sd is below this share of its prior sd.
 IDENTIFIED = 0.5
@@ -146,10 +147,9 @@ class Fit:
         return rows
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{r['name']}</td><td>{r['estimate']:.4g}</td><td>{r['low']:.3g} to {r['high']:.3g}</td>"
-            f"<td>{r['units']}</td><td>{r['informed_by']}</td></tr>"
+        rows = [
+            (r["name"], f"{r['estimate']:.4g}", f"{r['low']:.3g} to {r['high']:.3g}", r["units"], r["informed_by"])
             for r in self.table()
-        )
-        head = "<tr><th>parameter</th><th>estimate</th><th>90 % interval</th><th>unit</th><th>informed by</th></tr>"
-        return f"<b>{self.method} fit of {self.model.label}, {self.patient.id}</b><table>{head}{rows}</table>"
+        ]
+        title = f"{self.method} fit of {self.model.label}, {self.patient.id}"
+        return html_table(("parameter", "estimate", "90 % interval", "unit", "informed by"), rows, title)

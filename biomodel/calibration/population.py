@@ -24,6 +24,7 @@ from biomodel.models import ReactionDiffusion
 from biomodel.parameters import JointPrior, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.torch import TorchSolver
+from biomodel.tables import html_table
 
 __all__ = ["CohortPosterior", "Population", "PseudoPatients", "learn_priors"]
 
@@ -114,16 +115,14 @@ class Population:
         return rows
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{r['name']}</td><td>{r['median']:.3g}</td><td>{r['low']:.3g} to {r['high']:.3g}</td>"
-            f"<td>{r['units']}</td></tr>"
-            for r in self.table()
-        )
-        head = "<tr><th>parameter</th><th>median</th><th>90 % of patients</th><th>unit</th></tr>"
+        rows = [
+            (r["name"], f"{r['median']:.3g}", f"{r['low']:.3g} to {r['high']:.3g}", r["units"]) for r in self.table()
+        ]
+        title = f"{self.model.label}, learned from {self.patients} patients"
         scale = ", ".join(f"{s:.2f}" for s in self.noise.scale)
         return (
-            f"<b>{self.model.label}, learned from {self.patients} patients</b><table>{head}{rows}</table>"
-            f"<p>Scale of the errors of log(volume + floor): {scale}</p>"
+            html_table(("parameter", "median", "90 % of patients", "unit"), rows, title)
+            + f"<p>Scale of the errors of log(volume + floor): {scale}</p>"
         )
 
 
