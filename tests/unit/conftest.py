@@ -1,5 +1,6 @@
 """Forecasts made by hand, without a solver: quick, and with every kind of treatment, visit and gap in them."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -137,3 +138,9 @@ def volumes():
 def make_imaged():
     """Patients of another name, and their forecasts."""
     return SimpleNamespace(patient=imaged_patient, forecast=imaged_forecast, fit=fit_of)
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    """A copy, to be damaged, of the patient folder that the module's own fixture `pristine` wrote."""
+    return shutil.copytree(pristine, tmp_path / "P014")

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from biomodel import cli_group
 from biomodel.cli import app
-from biomodel.imaging.nifti import read_image, write_image
+from biomodel.imaging.nifti import read_image
 from biomodel.virtual import small_patient
+from patient_folders import edit, rewrite
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = {"report.html", "forecast.nc", "summary.json"}
@@ -73,23 +74,6 @@ def result(pristine, tmp_path_factory):
         done = run("forecast", pristine, "--calibrate-on", 2, "--draws", 5, "--out", out, "--without", "carboplatin")
     assert done.exit_code == 0, done.output
     return out, done, outcomes[0]
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "P014")
-
-
-def edit(folder, change):
-    path = folder / "patient.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def rewrite(folder, file, change):
-    image = read_image(folder / file)
-    write_image(folder / file, change(image.values.copy()), image.affine)
 
 
 def contents(folder):

@@ -4,7 +4,6 @@ import copy
 import gzip
 import json
 import pickle
-import shutil
 from dataclasses import replace
 from datetime import date, timedelta
 
@@ -17,6 +16,7 @@ from biomodel.errors import GeometryError, InputError, OutputError, UnitError
 from biomodel.imaging.nifti import read_image, resample, write_image
 from biomodel.patient import CellularitySettings, Patient, Visit, VolumeSettings
 from biomodel.schedule import Dose, Fraction, Ongoing, Schedule
+from patient_folders import edit, rewrite
 
 SETTINGS = CellularitySettings(adc_w=3e-3, adc_min=5e-4)
 SHAPE = (6, 8, 10)
@@ -79,18 +79,6 @@ def pristine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("patients") / "P014"
     make_patient().write(folder)
     return folder
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "P014")
-
-
-def edit(folder, change):
-    path = folder / "patient.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def refusal(folder, kind=InputError):
@@ -171,8 +159,7 @@ def test_dates_and_days_give_the_same_patient(folder):
 
 
 def test_units_are_converted_at_the_door(folder):
-    image = read_image(folder / "visit1_adc.nii.gz")
-    write_image(folder / "visit1_adc.nii.gz", image.values * 1e6, image.affine)
+    rewrite(folder, "visit1_adc.nii.gz", lambda values: values * 1e6)
 
     def change(data):
         data["visits"][0]["adc"]["units"] = "1e-6 mm^2/s"
@@ -468,8 +455,7 @@ def test_missing_units(folder):
 
 @pytest.mark.parametrize("scale", [1e6, 1e3, 1e-3])
 def test_units_that_cannot_be_true(folder, scale):
-    image = read_image(folder / "visit2_adc.nii.gz")
-    write_image(folder / "visit2_adc.nii.gz", image.values * scale, image.affine)
+    rewrite(folder, "visit2_adc.nii.gz", lambda values: values * scale)
     message = refusal(folder, UnitError)
     assert message.startswith("patient.json: visit 2, adc (visit2_adc.nii.gz): typical value ")
     assert "expected about 3e-4 to 3e-3 mm²/s" in message and "never guessed" in message
@@ -519,16 +505,14 @@ def test_other_grid_and_the_command_that_mends_it(folder):
 
 
 def test_other_size(folder):
-    image = read_image(folder / "visit2_region.nii.gz")
-    write_image(folder / "visit2_region.nii.gz", image.values[:, :, :-1], image.affine)
+    rewrite(folder, "visit2_region.nii.gz", lambda values: values[:, :, :-1])
     message = refusal(folder, GeometryError)
     assert "visit 2, region (visit2_region.nii.gz): 6 × 8 × 9 voxels of 3 × 1.5 × 0.7 mm" in message
     assert "expected 6 × 8 × 10 of 3 × 1.5 × 0.7 mm like the mask" in message and "tumorcast resample" in message
 
 
 def test_empty_region(folder):
-    image = read_image(folder / "visit3_region.nii.gz")
-    write_image(folder / "visit3_region.nii.gz", image.values * 0, image.affine)
+    rewrite(folder, "visit3_region.nii.gz", lambda values: values * 0)
     message = refusal(folder)
     assert message.startswith("patient.json: visit 3, region (visit3_region.nii.gz): the region is empty; expected")
     assert "leave 'region' out and give 'volume'" in message
@@ -545,8 +529,7 @@ def test_region_outside_the_mask(folder):
 
 @pytest.mark.parametrize("place", ["visit3_region.nii.gz", "mask.nii.gz"])
 def test_masks_hold_zero_and_one(folder, place):
-    image = read_image(folder / place)
-    write_image(folder / place, image.values * 255, image.affine)
+    rewrite(folder, place, lambda values: values * 255)
     message = refusal(folder)
     assert (
         f"({place}): values 255 in" in message and "expected a mask of 0 and 1 alone. Save the wanted label" in message
@@ -554,16 +537,14 @@ def test_masks_hold_zero_and_one(folder, place):
 
 
 def test_empty_mask(folder):
-    image = read_image(folder / "mask.nii.gz")
-    write_image(folder / "mask.nii.gz", image.values * 0, image.affine)
+    rewrite(folder, "mask.nii.gz", lambda values: values * 0)
     assert refusal(folder).startswith(
         "patient.json: grid, mask (mask.nii.gz): the mask is empty; expected the organ as 1."
     )
 
 
 def test_tissue_out_of_range(folder):
-    image = read_image(folder / "tissue_adipose.nii.gz")
-    write_image(folder / "tissue_adipose.nii.gz", image.values * 100, image.affine)
+    rewrite(folder, "tissue_adipose.nii.gz", lambda values: values * 100)
     message = refusal(folder)
     assert message.startswith(
         "patient.json: grid, tissue 'adipose' ranges from 25 to 25 inside the mask; expected fractions"

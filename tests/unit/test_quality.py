@@ -14,6 +14,7 @@ from biomodel.imaging.nifti import read_image, write_image
 from biomodel.patient import CellularitySettings, Patient, Visit
 from biomodel.quality import Finding, Findings, check
 from biomodel.schedule import Schedule
+from patient_folders import edit, rewrite
 
 SHAPE = (8, 12, 14)
 
@@ -45,24 +46,6 @@ def pristine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality") / "P014"
     make_patient().write(folder)
     return folder
-
-
-@pytest.fixture
-def folder(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "P014")
-
-
-def edit(folder, change):
-    path = folder / "patient.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def rewrite(folder, file, change):
-    image = read_image(folder / file)
-    values = change(image.values)
-    write_image(folder / file, values, image.affine)
 
 
 def only(folder):
