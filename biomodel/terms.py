@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from biomodel.parameters import LogNormal, Operand, Parameter, Prior
 
-YANKEELOV = "Yankeelov et al. 2013, Sci Transl Med 5:187ps9, doi:10.1126/scitranslmed.3005686"
 JARRETT = "Jarrett et al. 2018, Phys Med Biol 63:105015, doi:10.1088/1361-6560/aac040"
 LALEH = "Laleh et al. 2022, PLoS Comput Biol 18:e1009822, doi:10.1371/journal.pcbi.1009822"
 

@@ -14,6 +14,8 @@ from biomodel.errors import ModelError
 from biomodel.parameters import Fixed, LogitNormal, LogNormal, Operand, Parameter, Prior
 from biomodel.terms import JARRETT, Term
 
+SPARED = "working value"
+
 #: Usual single doses by agent, the unit of `level` (NCCN breast cancer regimens; KEYNOTE-522, Schmid et al. 2020,
 #: doi:10.1056/NEJMoa1910549): amount and unit.
 REFERENCE_DOSES: dict[str, tuple[float, str]] = {
@@ -165,7 +167,7 @@ class Chemotherapy(Sparing):
         )
         if self.resistant is None:
             return both
-        return (*both, Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), JARRETT, "fraction not killed"))
+        return (*both, Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), SPARED, "fraction not killed"))
 
     def relative_amount(self, amount: float, units: str, agent: str) -> float:
         assert self.reference_dose is not None  # set when the term was made
@@ -251,7 +253,7 @@ class Combination(Sparing):
         return (
             *each,
             Parameter("decay", "1/day", self.decay, (1e-4, 50.0), JARRETT, "decay of the effect after a dose"),
-            Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), JARRETT, "fraction that no agent kills"),
+            Parameter("resistant", "1", self.resistant, (1e-6, 1 - 1e-6), SPARED, "fraction that no agent kills"),
         )
 
     def relative_amount(self, amount: float, units: str, agent: str) -> float:
@@ -270,7 +272,9 @@ class Systemic(Sparing):
 
     Without `resistant` the hazard is constant from the start on. With it, a sensitive fraction 1 - f declines at
     `efficacy` while the rest keeps growing: the two-population response of tumour-size models,
-    V = V0 exp(k t) [(1 - f) exp(-efficacy t) + f] (Stein et al. 2011, doi:10.1158/1078-0432.CCR-10-1762).
+    V = V0 exp(k t) [(1 - f) exp(-efficacy t) + f]. A declining and a growing exponential describe measured courses well
+    (Stein et al. 2011, Clin Cancer Res 17:907, doi:10.1158/1078-0432.CCR-10-1762; the share f came later and is known
+    as the generalised Stein-Fojo model).
     """
 
     continuing = True
@@ -288,7 +292,7 @@ class Systemic(Sparing):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        source = "Stein et al. 2011, doi:10.1158/1078-0432.CCR-10-1762"
+        source = "form: Stein et al. 2011, Clin Cancer Res 17:907, doi:10.1158/1078-0432.CCR-10-1762; working values"
         first = (Parameter("efficacy", "1/day", self.efficacy, (1e-7, 20.0), source, "hazard of sensitive cells"),)
         if self.resistant is None:
             return first
