@@ -15,6 +15,7 @@ import numpy as np
 
 from biomodel.findings import Finding, Severity, Step
 from biomodel.imaging.nifti import UNREADABLE, length_units, open_nifti
+from biomodel.patient import VIRTUAL
 from biomodel.schema import PatientManifest
 
 __all__ = ["identification"]
@@ -100,7 +101,8 @@ def _texts(data: object, place: str = "") -> Iterator[Finding]:
 
 
 def _record(manifest: PatientManifest) -> Iterator[Finding]:
-    if manifest.baseline or any(visit.date for visit in manifest.visits):
+    virtual = any(note.startswith(VIRTUAL) for note in manifest.notes)  # its dates are nobody's
+    if not virtual and (manifest.baseline or any(visit.date for visit in manifest.visits)):
         message = "patient.json: real dates; together with other facts they can identify a person."
         yield _finding("info", "patient.json", message, "Give days from day 0 instead before you share the folder.")
     age = manifest.clinical.age if manifest.clinical else None

@@ -90,9 +90,11 @@ class Score:
         names = [n for n in self.rows[0] if any(r.get(n) is not None for r in self.rows)] if self.rows else []
 
         def cell(value: object) -> str:
+            if value is None or isinstance(value, bool):
+                return {None: "–", True: "yes", False: "no"}[value]
             return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-        return html_table(names, [[cell(r[n]) for n in names] for r in self.rows])
+        return html_table([n.replace("_", " ") for n in names], [[cell(r[n]) for n in names] for r in self.rows])
 
 
 def _relative(predicted: float, observed: float) -> float:

@@ -452,6 +452,9 @@ def test_fields_for_personal_data(folder, field):
 def test_dates_and_ages(folder):
     edit(folder, lambda data: data.update(baseline="2024-03-01"))
     identifying(only(folder), "info", "patient.json", "real dates")
+    edit(folder, lambda data: data.update(notes=["Virtual: made up."]))
+    assert check(folder).items == ()
+    edit(folder, lambda data: data.pop("notes"))
     edit(folder, lambda data: (data.pop("baseline"), data["clinical"].update(age=93)))
     identifying(only(folder), "warning", "patient.json", "age above 89")
 

@@ -72,7 +72,9 @@ def test_a_forecast_of_volumes_is_scored_beside_its_baselines():
     assert carried["volume"] == 9.0 and carried["crps"] == 5.0 and carried["volume_error"] == pytest.approx(1.25)
     # A tumour that is gone has no relative error, and JSON knows no NaN.
     assert score.of("forecast")[1]["volume_error"] is None
-    assert "carry-forward" in score._repr_html_()
+    shown = score._repr_html_()
+    assert "carry-forward" in shown and "<th>observed volume</th>" in shown and "<td>–</td>" in shown
+    assert "None" not in shown and "True" not in shown
     # Only what the calibration knew makes the baselines.
     assert score.of("exponential volume")[0]["volume"] == pytest.approx(9 * (9 / 12) ** 3)
 
