@@ -97,7 +97,8 @@ axis.plot(curve["day"], middle, color="tab:blue", label="median")
 for visit in patient.visits:
     used = visit.day <= today
     axis.plot(visit.day, patient.volume_of(visit), "o", color="k", mfc="k" if used else "w", zorder=3)
-axis.plot([dose.day for dose in patient.schedule.doses], [0] * len(patient.schedule.doses), "|", color="tab:orange")
+dosed = [dose.day for dose in patient.schedule.doses if dose.day <= days[-1]]
+axis.plot(dosed, [0] * len(dosed), "|", color="tab:orange")
 axis.axvline(today, color="0.5", lw=0.8)
 axis.set(xlabel="day (doses are marked on the axis)", ylabel="tumour volume, cm³")
 _ = axis.legend()
