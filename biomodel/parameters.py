@@ -40,12 +40,12 @@ class Prior:
     """A prior that is Gaussian in a transformed coordinate. Use one of its subclasses."""
 
     def to_z(self, value, ops=NumpyOps) -> Operand:
-        """Transformed coordinate of a value."""
-        raise NotImplementedError
+        """Transformed coordinate of a value: the value itself, unless a subclass says otherwise."""
+        return value
 
     def to_value(self, z, ops=NumpyOps) -> Operand:
         """Value at a transformed coordinate."""
-        raise NotImplementedError
+        return z
 
     @property
     def location(self) -> float:
@@ -196,12 +196,6 @@ class Normal(Prior):
     def __post_init__(self):
         _positive("Normal", sd=self.sd)
 
-    def to_z(self, value, ops=NumpyOps) -> Operand:
-        return value
-
-    def to_value(self, z, ops=NumpyOps) -> Operand:
-        return z
-
     @property
     def location(self) -> float:
         return self.mean
@@ -223,12 +217,6 @@ class Fixed(Prior):
     def __post_init__(self):
         if not math.isfinite(self.value):
             raise ModelError(f"Fixed: value is {self.value!r}; expected a finite number.")
-
-    def to_z(self, value, ops=NumpyOps) -> Operand:
-        return value
-
-    def to_value(self, z, ops=NumpyOps) -> Operand:
-        return z
 
     @property
     def location(self) -> float:

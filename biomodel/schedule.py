@@ -45,6 +45,17 @@ def _check_agent(agent: object, what: str) -> None:
         )
 
 
+def _check_amount(value: float, most: float, units: str, what: str, kind: str, check: str) -> None:
+    """Refuse a `value` in `units` that is not positive, or larger than `most`; `check` says what to look at then."""
+    if not math.isfinite(value) or value <= 0:
+        raise InputError(
+            f"{what} {value:g} {units}; expected a positive number. Correct it, or leave out a {kind} that was not "
+            "given."
+        )
+    if value > most:
+        raise InputError(f"{what} {value:g} {units}; expected at most {most:g} {units}. {check}")
+
+
 @dataclass(frozen=True)
 class Dose:
     """One dose of a drug.
@@ -83,16 +94,8 @@ class Dose:
         _check_status(self.status, what)
         units, scale = normal_dose_units(self.units, what)
         amount = float(self.amount) * scale
-        if not math.isfinite(amount) or amount <= 0:
-            raise InputError(
-                f"{what}: amount {float(self.amount):g} {self.units}; expected a positive number. Correct it, or leave "
-                "out a dose that was not given."
-            )
-        if amount > LARGEST_DOSE[units]:
-            raise InputError(
-                f"{what}: amount {amount:g} {units}; expected at most {LARGEST_DOSE[units]:g} {units}. Check the "
-                "amount and its units."
-            )
+        check = "Check the amount and its units."
+        _check_amount(amount, LARGEST_DOSE[units], units, f"{what}: amount", "dose", check)
         object.__setattr__(self, "day", day)
         object.__setattr__(self, "amount", amount)
         object.__setattr__(self, "units", units)
@@ -126,16 +129,8 @@ class Fraction:
         what = f"radiotherapy fraction on day {day:g}"
         _check_status(self.status, what)
         gray = float(self.gray)
-        if not math.isfinite(gray) or gray <= 0:
-            raise InputError(
-                f"{what}: dose {gray:g} Gy; expected a positive number. Correct it, or leave out a fraction that was "
-                "not given."
-            )
-        if gray > LARGEST_FRACTION:
-            raise InputError(
-                f"{what}: dose {gray:g} Gy; expected at most {LARGEST_FRACTION:g} Gy. Give the dose per fraction, not "
-                "the total, and check its units."
-            )
+        check = "Give the dose per fraction, not the total, and check its units."
+        _check_amount(gray, LARGEST_FRACTION, "Gy", f"{what}: dose", "fraction", check)
         object.__setattr__(self, "day", day)
         object.__setattr__(self, "gray", gray)
 
