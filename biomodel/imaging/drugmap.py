@@ -14,7 +14,7 @@ from biomodel.imaging.voxelfit import VALID
 
 __all__ = ["DrugMap", "drug_map", "ktrans_per_plasma", "region_maximum", "region_mean", "tofts_supply"]
 
-#: Width over which missing voxels are filled from their neighbours, mm. A working default (two voxels of a breast scan).
+#: Width over which missing voxels are filled from their neighbours, mm. A working default: about two voxels.
 REACH_MM = 3.0
 #: Smallest fraction of the region that must be measured. A working default.
 LEAST_MEASURED = 0.5
@@ -70,9 +70,9 @@ def drug_map(
 ) -> DrugMap:
     """Turn a map of supply into the relative map that :class:`~biomodel.treatments.Chemotherapy` multiplies.
 
-    Its hazard is efficacy · level · map, and the map is 1 where none is given. So the map has mean 1 over
-    the tumour's measured voxels: the efficacy keeps its meaning, and its prior, with and without a map. Published models take the supply from the
-    extended Tofts model (Jarrett et al. 2018, doi:10.1088/1361-6560/aac040) or from the normalised area under the
+    Its hazard is efficacy · level · map, and the map is 1 where none is given. So the map has mean 1 over the tumour's
+    measured voxels: the efficacy keeps its meaning, and its prior, with and without a map. Published models take the
+    supply from the extended Tofts model (Jarrett et al. 2018, doi:10.1088/1361-6560/aac040) or from the area under the
     enhancement curve (Christenson et al. 2025, npj Syst Biol Appl 11:53); scaled to a maximum of 1
     (:func:`region_maximum`) the efficacy hangs on one noisy voxel.
 
