@@ -88,6 +88,16 @@ class InputFunction:
         """From the concentration in whole blood: the agent stays out of the cells."""
         return cls(times, np.asarray(blood, dtype=float) / (1 - _fraction(haematocrit)))
 
+    @classmethod
+    def of(
+        cls, population: PopulationInput, end: float, haematocrit: float = HAEMATOCRIT, step: float = 0.5
+    ) -> InputFunction:
+        """A population input from 0 to `end` s, given every `step` s, finer than any scanner samples its bolus."""
+        if not (np.isfinite(end) and 0 < step < end):
+            raise InputError(f"arterial input: from 0 to {end:g} s in steps of {step:g} s; expected 0 < step < end.")
+        times = np.append(np.arange(0.0, end, step), end)
+        return cls.from_blood(times, population.blood(times), haematocrit)
+
     @property
     def shared(self) -> bool:
         """Whether all voxels have the same input."""
@@ -208,7 +218,8 @@ def arrival_time(curves: np.ndarray, times: np.ndarray) -> np.ndarray:
     """When curves leave their baseline: a constant that turns into a parabola, by least squares.
 
     The break may lie between samples: quarter steps are tried. Cheong, Koh and Hou 2003, Phys Med Biol 48:N83,
-    doi:10.1088/0031-9155/48/5/403.
+    doi:10.1088/0031-9155/48/5/403, with the samples up to half of the peak instead of the whole rise, since tissue
+    goes on filling for minutes after the bolus, which no parabola describes.
 
     Parameters
     ----------
@@ -220,13 +231,15 @@ def arrival_time(curves: np.ndarray, times: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, shape (voxels,)
-        s; NaN for curves that are not finite, never rise, or peak before the third sample.
+        s; NaN for curves that are not finite, never rise, or are at half of their peak within the first two samples.
     """
     data = np.atleast_2d(np.asarray(curves, dtype=float))
     t = check_times(times, data.shape[1], "bolus arrival")
     found = np.full(len(data), np.nan)
     ok = np.isfinite(data).all(1)
-    peaks = np.where(ok, np.argmax(np.where(ok[:, None], data, 0.0), axis=1), 0)
+    sound = np.where(ok[:, None], data, 0.0)
+    half = 0.5 * (sound[:, :2].mean(1) + sound.max(1))
+    peaks = np.where(ok & (sound.max(1) > sound[:, :2].mean(1)), np.argmax(sound >= half[:, None], axis=1), 0)
     for peak in np.unique(peaks[peaks >= 2]):
         rows = np.flatnonzero(ok & (peaks == peak))
         here, y = t[: peak + 1], data[rows, : peak + 1]
@@ -266,9 +279,9 @@ def baseline_samples(curve: np.ndarray, times: np.ndarray) -> np.ndarray:
         raise InputError("DCE series: the mean curve is not finite; leave out voxels that are not.")
     arrival = arrival_time(data, t)[0]
     if not np.isfinite(arrival):
-        if np.argmax(data) < 2 and np.ptp(data) > 0:
+        if np.ptp(data) > 0:
             raise InputError(
-                "DCE series: the curve peaks in its first two images: there is no baseline before the bolus."
+                "DCE series: the curve is at its height in its first two images: there is no baseline before the bolus."
             )
         raise InputError("DCE series: the curve does not rise: no bolus within the series. Check times and injection.")
     before = np.flatnonzero(t <= arrival)
@@ -278,7 +291,13 @@ def baseline_samples(curve: np.ndarray, times: np.ndarray) -> np.ndarray:
             "images or more. Give the signal before contrast from another image, as the baseline sample."
         )
     sd = data[before].std(ddof=1)
-    if data.max() - data[before].mean() < LEAST_RISE * sd:
+    rise = data.max() - data[before].mean()
+    if data[-max(data.size // 4, 1) :].mean() < data[before].mean() - 0.1 * rise:
+        raise InputError(
+            "DCE series: the curve ends below where it starts, so that its first images are no baseline: contrast "
+            "agent was there before."
+        )
+    if rise < LEAST_RISE * sd:
         raise InputError(
             "DCE series: the curve does not rise above the noise of its baseline: no bolus within the series."
         )
@@ -319,10 +338,10 @@ def select_artery(
 ) -> np.ndarray:
     """Voxels that look like artery: large, smooth, early and sharp curves.
 
-    The voxels of the largest areas under the curve, of them the smoothest, are put into clusters by shape; the cluster
-    with the highest mean peak per time to peak is taken. After Mouridsen et al. 2006, Magn Reson Med 55:524,
-    doi:10.1002/mrm.20759 (for the first pass of DSC, where the least first moment is taken; recirculation and washout
-    of DCE move the moment, so the slope to the peak takes its place).
+    The voxels of the largest areas under the curve, of them the smoothest (late, where the bolus is over), are put into
+    clusters by shape; the cluster with the highest mean peak per time to peak is taken. After Mouridsen et al. 2006,
+    Magn Reson Med 55:524, doi:10.1002/mrm.20759 (for the first pass of DSC, with the roughness of the whole curve and
+    the least first moment; recirculation and washout of DCE move the moment, so the slope to the peak replaces it).
 
     Parameters
     ----------
@@ -356,9 +375,9 @@ def select_artery(
         )
     order = np.argsort(area)[-count:]
     shapes = data[whole[order]] / area[order][:, None]
-    # The integral of the squared second derivative, for any steps.
-    bend = np.diff(np.diff(shapes, axis=1) / np.diff(t), axis=1)
-    rough = (bend**2 / (t[2:] - t[:-2])).sum(1) if len(t) > 2 else np.zeros(count)
+    # Squared second derivatives of the second half of the series, where true curves are smooth: a bolus is not.
+    bend = np.diff(np.diff(shapes, axis=1) / np.diff(t), axis=1)[:, len(t) // 2 :]
+    rough = (bend**2).sum(1)
     keep = np.argsort(rough)[: max(int(count * smoothest), 5)]
     chosen, shapes = whole[order][keep], shapes[keep]
     centres, label = kmeans2(shapes, min(clusters, len(shapes)), minit="++", rng=0, missing="warn")

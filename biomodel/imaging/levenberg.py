@@ -61,7 +61,7 @@ def levenberg_marquardt(
     upper: Tensor,
     *,
     iterations: int = 80,
-    tolerance: float = 1e-9,
+    tolerance: float = 1e-6,
 ) -> Solved:
     """Least squares between bounds, one small problem per row.
 
@@ -75,7 +75,7 @@ def levenberg_marquardt(
     iterations
         Most steps tried.
     tolerance
-        A row is done when a step changes no parameter by more than this part of it.
+        A row is done when a step changes the curve by less than this part of the residuals' standard deviation.
 
     Notes
     -----
@@ -91,7 +91,7 @@ def levenberg_marquardt(
     rows = torch.arange(v)
     gradient = torch.zeros(v, p, dtype=theta.dtype)
     fresh = torch.ones(v, dtype=torch.bool)  # rows whose derivatives are to be renewed
-    tiny = torch.finfo(theta.dtype).tiny
+    n_samples, length = data.shape[1], data.norm(dim=1)
     with torch.no_grad():
         for _ in range(iterations):
             renew = rows[fresh[rows]]
@@ -117,13 +117,16 @@ def levenberg_marquardt(
             trial = torch.minimum(torch.maximum(here + step, lower), upper)
             trial_cost = (data[rows] - function(trial, rows)).square().sum(1)
             better = trial_cost < cost[rows]
-            moved = ((trial - here).abs() / (here.abs() + 1e-6)).amax(1)
+            # How far the curve moves with each parameter, against what is left of the data.
+            moved = ((trial - here).abs() * diagonal.clamp(min=0).sqrt()).amax(1)
+            slight = tolerance * (cost[rows] / n_samples).sqrt() + 1e-13 * length[rows]
+            gained = cost[rows] - trial_cost
             accepted = rows[better]
             theta[accepted] = trial[better]
             fresh[accepted] = True
             damping[rows] = torch.where(better, damping[rows] / 8, damping[rows] * 4).clamp(1e-12, 1e12)
-            # A step of no length, or one that no damping makes better, is the end.
-            done = (moved < tolerance) | (~better & (damping[rows] > 1e9)) | (cost[rows] <= tiny)
+            # A step of no length, one that gains nothing, or one that no damping makes better, is the end.
+            done = (moved <= slight) | (better & (gained <= 1e-12 * cost[rows])) | (~better & (damping[rows] > 1e9))
             converged[rows[done]] = True
             rows = rows[~done]
             if not len(rows):

@@ -91,8 +91,8 @@ class SpoiledGradientEcho:
 class InversionRecovery:
     """Magnitude signal a time TI after an inversion, repeated every TR, read by a 90° pulse.
 
-    S = S0 |1 - 2 exp(-TI R1) + exp(-TR R1)|; without TR full recovery is taken. Bydder et al. 1998 in words; Barral et
-    al. 2010, Magn Reson Med 64:1057, doi:10.1002/mrm.22497.
+    S = S0 |1 - 2 exp(-TI R1) + exp(-TR R1)|; without TR full recovery is taken.
+    Barral et al. 2010, Magn Reson Med 64:1057, doi:10.1002/mrm.22497.
 
     Parameters
     ----------
@@ -346,8 +346,8 @@ def vfa_linear(
     """T1 and S0 by a straight line through S/sin α against S/tan α: its slope is exp(-TR/T1).
 
     Fast, and biased where noise is large, since both axes carry it. Gupta 1977, J Magn Reson 25:231; Deoni, Rutt and
-    Peters 2003, Magn Reson Med 49:515, doi:10.1002/mrm.10407. Parameters as in :func:`vfa_nonlinear`. A slope outside
-    of what T1 between 10 ms and 20 s gives is coded NOT_CONVERGED at least and has no value.
+    Peters 2003, Magn Reson Med 49:515, doi:10.1002/mrm.10407. Parameters as in :func:`vfa_nonlinear`. A voxel whose
+    slope no T1 from 10 ms to 20 s gives is coded SATURATED: beyond what the signal model can reach.
     """
     acquisitions = _angles(flip_angles, tr)
     data, factor, code = _prepare(signal, len(acquisitions), b1)

@@ -138,7 +138,7 @@ def _check_input(aif: InputFunction, times: np.ndarray, voxels: int, delay: tupl
             f"DCE fit: the bolus of the arterial input lies outside of the series ({times[0]:g} to {times[-1]:g} s). "
             "Both must be on one clock, in s."
         )
-    if aif.times[-1] + late < times[-1] - 1e-6 and aif.times[-1] < 0.5 * (times[0] + times[-1]):
+    if aif.times[-1] + late < 0.5 * (times[0] + times[-1]):
         raise InputError(f"DCE fit: the arterial input ends at {aif.times[-1]:g} s, the series at {times[-1]:g} s.")
 
 

@@ -166,7 +166,7 @@ class Tofts(Model):
 class ExtendedTofts(Model):
     """The Tofts model with the agent in plasma, v_p cp(t), added (CAPLEX M.IC1.005).
 
-    Tofts 1997, J Magn Reson Imaging 7:91, doi:10.1002/jmri.1880070113.
+    Tofts 1997, J Magn Reson Imaging 7:91.
     """
 
     lower: tuple[float, ...] = (0.0, LEAST_VOLUME, 0.0)
@@ -211,7 +211,7 @@ class Patlak(Model):
 
 @dataclass(frozen=True)
 class TwoCompartmentUptake(Model):
-    """Plasma of finite flow, and uptake from it without return (CAPLEX M.IC1.008).
+    """Plasma of finite flow, and uptake from it without return.
 
     C = Fp [exp(-t/T) + PS/(Fp + PS) (1 - exp(-t/T))] * cp with T = vp/(Fp + PS). Sourbron and Buckley 2013, NMR Biomed
     26:1004, doi:10.1002/nbm.2940.
@@ -241,7 +241,7 @@ class TwoCompartmentExchange(Model):
     """Plasma of finite flow that exchanges with the extravascular extracellular space (CAPLEX M.IC1.009).
 
     vp dcp'/dt = Fp (cp - cp') + PS (ce - cp'), ve dce/dt = PS (cp' - ce), C = vp cp' + ve ce: two exponentials.
-    Brix et al. 2004, Magn Reson Med 52:420, doi:10.1002/mrm.20161; Sourbron and Buckley 2013, NMR Biomed 26:1004,
+    Brix et al. 2004, Magn Reson Med 52:420; Sourbron and Buckley 2013, NMR Biomed 26:1004,
     doi:10.1002/nbm.2940.
     """
 

@@ -185,7 +185,7 @@ def functional_tumour(
     Notes
     -----
     Enhancement threshold and ratio: Hylton et al. 2012, Radiology 263:663, doi:10.1148/radiol.12110748; both depend on
-    the subtype and may be moved (Li et al. 2016, Tomography 2:378, doi:10.18383/j.tom.2016.00247). The trial's open
+    the subtype and may be moved (Li et al. 2016, Tomography 2:378). The trial's open
     implementation (3D Slicer extension "Breast DCE-MRI FTV") takes a ratio of 0 or more; a negative ratio means late
     signal below that before contrast.
 
