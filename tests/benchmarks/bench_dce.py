@@ -160,10 +160,8 @@ def memory() -> None:
         size = np.prod(shape) * 4 / 1e9
         print(f"\n{shape[3]}×{shape[2]}×{shape[1]} voxels, {shape[0]} phases, float32 file of {size:.2f} GB")
         print("signal to concentration to extended Tofts with covariance:")
-        print(
-            f"{took:.0f} s, {len(found.code) / cpu:.0f} voxels per CPU-second; peak memory {peak:.2f} GB (bar 6 GB; before"
-        )
-        print(f"the fit, from making the data, {made:.2f} GB); {found.counts()}")
+        print(f"{took:.0f} s, {len(found.code) / cpu:.0f} voxels per CPU-second, {found.counts()}")
+        print(f"peak memory {peak:.2f} GB (bar 6 GB); {made:.2f} GB before the fit, from making the data")
 
 
 if __name__ == "__main__":

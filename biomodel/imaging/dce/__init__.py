@@ -10,7 +10,12 @@ from biomodel.imaging.dce.models import (
     TwoCompartmentUptake,
     tissue_signal,
 )
-from biomodel.imaging.dce.semiquantitative import Enhancement, enhancement, functional_tumour
+from biomodel.imaging.dce.semiquantitative import (
+    Enhancement,
+    enhancement,
+    functional_tumour,
+    functional_tumour_volume,
+)
 
 __all__ = [
     "Enhancement",
@@ -25,5 +30,6 @@ __all__ = [
     "fit",
     "fit_volume",
     "functional_tumour",
+    "functional_tumour_volume",
     "tissue_signal",
 ]
