@@ -225,8 +225,8 @@ def test_population_inputs(data_dir, name, kind):
 def test_patlak_of_a_real_region(data_dir):
     """Brain, 32 volumes of 39.6 s: a per cent or two of plasma and next to no leakage.
 
-    Data: SEPAL (Thrippleton et al., Apache-2.0): spoiled gradient echo of 15° and 3.4 ms, gadobutrol at 3 T. There is no
-    truth; the wide ranges see to the units from signals to parameters.
+    Data: SEPAL (Thrippleton et al., Apache-2.0): spoiled gradient echo of 15° and 3.4 ms, gadobutrol at 3 T. There is
+    no truth; the wide ranges see to the units from signals to parameters.
     """
     read = {n: np.load(data_dir / "dce_roi" / f"{n}.npy") for n in
             ("signal_tissue", "signal_vif", "t1_tissue", "t1_vif", "k_tissue", "k_vif")}  # fmt: skip
