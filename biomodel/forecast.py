@@ -17,6 +17,7 @@ from biomodel.errors import InputError, NotFiniteError, SolverError
 from biomodel.observation import longest_diameter, observe
 from biomodel.patient import Patient
 from biomodel.schedule import Schedule
+from biomodel.tables import html_table
 
 #: Longest forecast, days: a hundred years.
 LONGEST = 36_525.0
@@ -67,12 +68,9 @@ class Forecast:
 
     def _repr_html_(self) -> str:
         q = self.data["volume"].quantile([0.05, 0.5, 0.95], "draw").values
-        rows = "".join(
-            f"<tr><td>{t:g}</td><td>{q[1, i]:.3g}</td><td>{q[0, i]:.3g} to {q[2, i]:.3g}</td></tr>"
-            for i, t in enumerate(self.times)
-        )
-        head = "<tr><th>day</th><th>volume, cm³ (median)</th><th>90 % interval</th></tr>"
-        return f"<b>Forecast of {self.fit.patient.id}, {self.draws} draws</b><table>{head}{rows}</table>"
+        rows = [(f"{t:g}", f"{q[1, i]:.3g}", f"{q[0, i]:.3g} to {q[2, i]:.3g}") for i, t in enumerate(self.times)]
+        title = f"Forecast of {self.fit.patient.id}, {self.draws} draws"
+        return html_table(("day", "volume, cm³ (median)", "90 % interval"), rows, title)
 
 
 def _plain(value):

@@ -17,9 +17,15 @@ from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.patient import Patient
 from biomodel.solvers.torch import TorchSolver
+from biomodel.tables import html_table
 
 #: How near (posterior sd) the search without the initial state's noise must come before the exact one goes on.
 ROUGH = 1.0
+#: Inflation of the noise beyond which a fit says so.
+DOUBTFUL = 3.0
+#: Most rounds of the rough search, each with the data's weight set by the misfit of the one before, and the relative
+#: change of that weight which ends them.
+REWEIGHINGS, SETTLED = 6, 0.2
 #: Most rounds in which the initial state moves to its posterior mean and the parameters follow.
 REFINEMENTS = 5
 
@@ -65,40 +71,41 @@ class MAP:
         points = [first]
         # Draws of half the prior's width: enough to leave a wrong basin, without extreme models.
         points += [rng.multivariate_normal(prior.mean, prior.covariance / 4) for _ in range(self.starts - 1)]
+        precision = prior.precision
+
+        def search(z: np.ndarray, exact: bool, count: int, tolerance: float) -> Optimum:
+            return minimise(
+                lambda x: problem.linearise(x, exact), z, prior, limits, count, tolerance, move, progress
+            )  # fmt: skip
+
         problem.replan(first)
         problem.searching = True
         screened = []
         for point in points:
             try:
-                count = 2 if len(points) > 1 else self.iterations
-                screened.append(
-                    minimise(lambda z: problem.linearise(z, False), point, prior, limits, count, ROUGH, move, progress)
-                )
+                if not screened:
+                    problem.reweigh(problem.linearise(point, False), precision)
+                screened.append(search(point, False, 2 if len(points) > 1 else self.iterations, ROUGH))
             except CalibrationError:
                 continue
         if not screened:
             raise CalibrationError("the model cannot be evaluated at any starting point; check priors and data.")
         best = min(screened, key=lambda o: o.objective)
-        problem.replan(best.z)
-        if not best.converged:
-            best = minimise(
-                lambda z: problem.linearise(z, False), best.z, prior, limits, self.iterations, 0.1, move, progress
-            )
-        problem.searching = False
-        problem.replan(best.z)
-        if not self.marginalise:
-            return minimise(
-                lambda z: problem.linearise(z, False),
-                best.z, prior, limits, self.iterations, self.tolerance, move, progress,
-            )  # fmt: skip
         spent = best.iterations
-        for _ in range(REFINEMENTS):
-            best = minimise(
-                lambda z: problem.linearise(z, True),
-                best.z, prior, limits, self.iterations, self.tolerance, move, progress,
-            )  # fmt: skip
+        for turn in range(REWEIGHINGS):
+            # Coarse steps only for the long way: near the optimum their error would outweigh the noise.
+            problem.searching = turn == 0
+            problem.replan(best.z)
+            changed = problem.reweigh(best.linear, precision)
+            best = search(best.z, False, self.iterations, ROUGH)
             spent += best.iterations
-            if problem.refine(best.linear) < 0.1:
+            if turn and changed < SETTLED:
+                break
+        for _ in range(REFINEMENTS):
+            best = search(best.z, self.marginalise, self.iterations, self.tolerance)
+            spent += best.iterations
+            changed = problem.reweigh(best.linear, precision)
+            if problem.refine(best.linear) < 0.1 and changed < SETTLED:
                 break
         return replace(best, iterations=spent)
 
@@ -181,6 +188,12 @@ def calibrate(
     stuck = [n for n, z, a, b in zip(problem.names, best.z, low, high, strict=True) if z <= a or z >= b]
     if stuck:
         notes.append(f"At its bound: {', '.join(stuck)}. The data ask for a value that the model forbids.")
+    if problem.inflation > DOUBTFUL:
+        notes.append(
+            f"Model and images disagree by more than the stated noise: the images count {problem.inflation:.1f} times "
+            "less than voxels with independent errors would. Look for regions drawn askew, images that are not "
+            "aligned, or cells that the model does not know."
+        )
     samples = None
     if isinstance(method, Importance) and isinstance(problem, VolumeProblem):
         samples = Samples.draw(method, problem, prior, best.z)
@@ -210,6 +223,7 @@ def calibrate(
         notes=tuple(notes),
         samples=samples,
         noise=problem.noise if isinstance(problem, VolumeProblem) else None,
+        inflation=problem.inflation,
     )
 
 
@@ -249,13 +263,11 @@ class Comparison:
         ]  # fmt: skip
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{r['model']}</td><td>{r['log_evidence']:.2f}</td><td>{r['evidence_weight']:.3f}</td>"
-            f"<td>{r['aic']:.1f}</td><td>{r['bic']:.1f}</td></tr>"
+        rows = [
+            (r["model"], f"{r['log_evidence']:.2f}", f"{r['evidence_weight']:.3f}", f"{r['aic']:.1f}", f"{r['bic']:.1f}")
             for r in self.table()
-        )
-        head = "<tr><th>model</th><th>log evidence</th><th>weight</th><th>AIC</th><th>BIC</th></tr>"
-        return f"<table>{head}{rows}</table>"
+        ]
+        return html_table(("model", "log evidence", "weight", "AIC", "BIC"), rows)
 
 
 def compare(

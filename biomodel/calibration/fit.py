@@ -33,6 +33,9 @@ class Fit:
     log_evidence, log_likelihood, aic, bic : float
         Log evidence, by Laplace's approximation or the samples; log-likelihood at the MAP; information criteria (their
         number of parameters counts only what is calibrated, their number of data the measured voxels or volumes).
+    inflation : float
+        How many times more the residuals of images vary than their noise explains; the data count less by it (see
+        :mod:`biomodel.calibration.discrepancy`). About 1 where model and noise are right.
     initial_update : ndarray or None
         Posterior mean change of the measured initial state on the computing box.
     samples : Samples or None
@@ -60,6 +63,7 @@ class Fit:
     notes: tuple[str, ...] = field(default=())
     samples: Samples | None = None
     noise: VolumeNoise | None = None
+    inflation: float = 1.0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ import numpy as np
 from biomodel.errors import CalibrationError, SolverError
 from biomodel.parameters import LogNormal, Parameter
 
-#: An improvement of the log posterior that changes nothing: a search that gains no more has ended.
-NEGLIGIBLE = 0.05
+#: An improvement of the log posterior, in units of the squared tolerance, that changes nothing: a search that gains no
+#: more has ended.
+NEGLIGIBLE = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +145,32 @@ def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, i
             damping = max(10 * damping, 1e-2)
         if not accepted:
             return Optimum(z, now, linear, iteration, distance < 1.0)
+        trial, value = _interpolated(z, trial, now, value, gradient, low, high, lambda x: linear.trial(x) + penalty(x))
         z = trial
         damping = max(damping / 10, 1e-6)
         linear = linearise(z)
-        if now - value < min(NEGLIGIBLE, 5 * tolerance**2):
+        if now - value < NEGLIGIBLE * tolerance**2:
             return Optimum(z, linear.objective + penalty(z), linear, iteration, True)
     return Optimum(z, linear.objective + penalty(z), linear, iterations, False)
+
+
+def _interpolated(z, trial, now: float, value: float, gradient, low, high, objective) -> tuple[np.ndarray, float]:
+    """The better of an accepted step and the minimum of the parabola through it.
+
+    Where residuals are large, Gauss-Newton's curvature is wrong along some directions, and whole steps overshoot (or
+    fall short) by the same factor again and again.
+    """
+    step = trial - z
+    slope = float(gradient @ step)
+    bend = value - now - slope
+    if slope >= 0 or bend <= 0:
+        return trial, value
+    factor = min(-slope / (2 * bend), 4.0)
+    if 0.75 < factor < 1.5:
+        return trial, value
+    point = np.clip(z + factor * step, low, high)
+    try:
+        found = objective(point)
+    except SolverError:
+        return trial, value
+    return (point, found) if np.isfinite(found) and found < value else (trial, value)

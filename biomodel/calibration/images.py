@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
+from biomodel.calibration.discrepancy import blocks_of, edge_groups, inflation, weights
 from biomodel.domain import Domain
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
@@ -236,6 +237,13 @@ class ImageProblem:
         self.time_of_row = np.nonzero(self.rows)[0]
         first = self.initial.seen
         self.initial_variance = np.zeros(self.domain.shape) if first.sd is None else first.sd**2 * first.region
+        # As if the noise of the first map were carried on voxel by voxel, without smoothing or growth.
+        self.spread = np.broadcast_to(self.initial_variance, self.rows.shape)[self.rows]
+        self.blocks = blocks_of(self.rows, self.domain.spacing)
+        regions = [s.region for s in (self.initial.seen, *self.later)]
+        self.groups = edge_groups(self.rows, regions, self.domain.spacing)
+        self.trust = np.ones(len(self.variance))
+        self.inflation = 1.0
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -271,12 +279,12 @@ class ImageProblem:
             self.grid_error = self.simulation.grid_error(*arguments, plan=self.fine_plan).cpu().numpy()[self.rows]
 
     def _residual(self, predicted: np.ndarray, values: dict) -> tuple[np.ndarray, np.ndarray]:
-        """Residuals (n,) and the rows that count."""
+        """Residuals of all rows (n,), 0 where nothing counts, and the indices of the rows that count."""
         shift = np.array([values.get(shift_name(s.number), 0.0) for s in self.later])[self.time_of_row]
         excess = self.sign * (predicted - self.visible)
         active = (self.sign == 0) | (excess > 0)
         residual = np.where(self.sign == 0, self.value - predicted - shift * self.response, -self.sign * excess)
-        return np.where(active, residual, 0.0), active
+        return np.where(active, residual, 0.0), np.flatnonzero(active)
 
     def _predict(self, values: dict) -> np.ndarray:
         """Predicted rows, with the estimated error of the grid."""
@@ -302,6 +310,19 @@ class ImageProblem:
         self.update = new
         return moved
 
+    def reweigh(self, linear: ImageLinear, precision: np.ndarray) -> float:
+        """Weigh outliers and the data as a whole anew by the misfit at `linear`; the relative change of the latter.
+
+        See :mod:`biomodel.calibration.discrepancy`.
+        """
+        residual = np.zeros(len(self.variance))
+        residual[linear.weights.active] = linear.residual
+        self.trust = weights(residual, self.variance + self.spread, self.groups)
+        before = self.inflation
+        scores, blocks = linear.jacobian * linear.weighted, self.blocks[linear.weights.active]
+        self.inflation = inflation(scores, blocks, linear.information, precision)
+        return abs(self.inflation / before - 1)
+
     def linearise(self, z: np.ndarray, exact: bool) -> ImageLinear:
         """Residuals with derivatives and weights at z; `exact` marginalises the initial state's noise by C."""
         values = self.values(z)
@@ -319,20 +340,20 @@ class ImageProblem:
         self.solves += 1 + len(moving)
         predicted = u[0].cpu().numpy() + values.get("grid.error", 0.0) * self.grid_error
         residual, active = self._residual(predicted, values)
-        jacobian = np.zeros((len(self.names), len(residual)))
+        jacobian = np.zeros((len(self.names), len(active)))
         if "grid.error" in self.names:
-            jacobian[self.names.index("grid.error")] = self.grid_error
+            jacobian[self.names.index("grid.error")] = self.grid_error[active]
         for i, d in zip(moving, du[:, 0].cpu().numpy(), strict=True):
-            jacobian[i] = d
+            jacobian[i] = d[active]
         for t, s in enumerate(self.later):
             if shift_name(s.number) in self.names:
-                jacobian[self.names.index(shift_name(s.number))] = np.where(self.time_of_row == t, self.response, 0.0)
-        jacobian *= np.where(active, 1.0, 0.0)
+                here = self.time_of_row[active] == t
+                jacobian[self.names.index(shift_name(s.number))] = np.where(here, self.response[active], 0.0)
         chain = [_slope(p, v) for p, v in zip(self.parameters.values(), z, strict=True)]
         jacobian *= np.array(chain)[:, None]
         weights = Weights(self, params, u0, times, active, exact)
         carried = weights.carried(self.update)
-        return ImageLinear(self, residual + carried, jacobian, weights, carried)
+        return ImageLinear(self, residual[active] + carried, jacobian, weights, carried)
 
 
 def _idle(model: ReactionDiffusion, patient: Patient, day: float) -> list[str]:
@@ -354,7 +375,7 @@ def _slope(parameter: Parameter, z: float) -> float:
 
 
 class Weights:
-    """Products with the inverse of C = R + J R0 J' on the residuals that count.
+    """Products with the inverse of C = R + J R0 J' on the n residuals that count, whose indices are `active`.
 
     Without `exact` the voxel noise of the initial state is taken as if it were carried on without smoothing, which
     needs no solves.
@@ -362,20 +383,19 @@ class Weights:
 
     def __init__(self, problem: ImageProblem, params, u0, times, active: np.ndarray, exact: bool):
         self.problem, self.active = problem, active
-        self.variance = problem.variance
+        self.where = np.flatnonzero(problem.rows)[active]
+        variance, trust = problem.variance[active], problem.trust[active]
+        self.variance = variance / trust
         noisy = bool(problem.initial_variance.any())
         exact = exact and noisy
         self.linear = problem.rough.linearise(params, u0, times, plan=problem.coarse_plan) if exact else None
         if noisy and not exact:
-            # Gain of a uniform perturbation: final over initial cell fraction, voxel by voxel, at most 2.
-            spread = np.broadcast_to(problem.initial_variance, problem.rows.shape)[problem.rows]
-            self.variance = problem.variance + np.where(spread > 0, spread, 0.0)
+            self.variance = (variance + problem.spread[active]) / trust
 
     def _scatter(self, x: np.ndarray) -> torch.Tensor:
-        p = self.problem
-        full = np.zeros((len(x), 1, *p.rows.shape))
-        full[:, 0, p.rows] = x * self.active
-        return torch.tensor(full)
+        full = np.zeros((len(x), 1, self.problem.rows.size))
+        full[:, 0, self.where] = x
+        return torch.tensor(full).reshape(len(x), 1, *self.problem.rows.shape)
 
     def pulled(self, x: np.ndarray) -> np.ndarray:
         """R0 J' x: (m, n) to (m, z, y, x)."""
@@ -384,21 +404,24 @@ class Weights:
         return self.linear.pull(self._scatter(x))[:, 0].cpu().numpy() * self.problem.initial_variance
 
     def carried(self, update: np.ndarray) -> np.ndarray:
-        """J update on the rows that count, (n,)."""
+        """J update, (n,)."""
         if self.linear is None:
             return np.zeros(len(self.active))
-        return self.linear.push(torch.tensor(update[None, None]))[0, 0].cpu().numpy()[self.problem.rows] * self.active
+        return self._pushed(update[None])[0]
+
+    def _pushed(self, x: np.ndarray) -> np.ndarray:
+        """J x: (m, z, y, x) to (m, n)."""
+        assert self.linear is not None
+        return self.linear.push(torch.tensor(x[:, None]))[:, 0].cpu().numpy().reshape(len(x), -1)[:, self.where]
 
     def covariance(self, x: np.ndarray) -> np.ndarray:
         """C x for rows of x, (m, n)."""
         assert self.linear is not None
         self.problem.solves += len(x)
-        carried = self.linear.push(torch.tensor(self.pulled(x)[:, None]))[:, 0].cpu().numpy()[:, self.problem.rows]
-        return self.variance * x + carried * self.active
+        return self.variance * x + self._pushed(self.pulled(x))
 
     def solve(self, b: np.ndarray, rtol: float = 1e-3, limit: int = 60) -> np.ndarray:
         """C^-1 b for rows of b, (m, n), by conjugate gradients preconditioned with R."""
-        b = b * self.active
         if self.linear is None:
             return b / self.variance
         x = b / self.variance * 0.5
@@ -424,7 +447,7 @@ class Weights:
 
         Ubaru, Chen and Saad 2017, SIAM J Matrix Anal Appl 38:1075, doi:10.1137/16M1104974.
         """
-        measured = (self.problem.sign == 0) & self.active
+        measured = self.problem.sign[self.active] == 0
         total = float(np.log(self.variance[measured]).sum())
         if self.linear is None or not measured.any():
             return total
@@ -470,18 +493,21 @@ class ImageLinear:
     def __post_init__(self):
         solved = self.weights.solve(np.vstack((self.residual, self.jacobian)))
         self.weighted = solved[0]
-        self.objective = 0.5 * float(self.residual @ solved[0])
-        self.gradient = -self.jacobian @ solved[0]
-        hessian = self.jacobian @ solved[1:].T
+        self.inflation = self.problem.inflation
+        self.objective = 0.5 * float(self.residual @ solved[0]) / self.inflation
+        self.gradient = -self.jacobian @ solved[0] / self.inflation
+        information = self.jacobian @ solved[1:].T
         # Conjugate gradients solve to a tolerance, so that a direction without information may come out negative.
-        values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
-        self.hessian = (vectors * np.maximum(values, 0.0)) @ vectors.T
+        values, vectors = np.linalg.eigh((information + information.T) / 2)
+        self.information = (vectors * np.maximum(values, 0.0)) @ vectors.T
+        self.hessian = self.information / self.inflation
 
     def trial(self, z: np.ndarray) -> float:
         """Objective at another point, with these weights held."""
-        residual = self.problem.residual(z) + self.carried
-        return 0.5 * float(residual @ self.weights.solve(residual[None])[0])
+        residual = self.problem.residual(z)[self.weights.active] + self.carried
+        return 0.5 * float(residual @ self.weights.solve(residual[None])[0]) / self.inflation
 
     def log_likelihood(self) -> float:
-        """Gaussian log-likelihood of the measured values."""
-        return -self.objective - 0.5 * self.weights.log_determinant() - 0.5 * self.problem.count * np.log(2 * np.pi)
+        """Log-likelihood of the measured values: Gaussian, divided by the inflation where the noise is understated."""
+        gaussian = 0.5 * self.weights.log_determinant() + 0.5 * self.problem.count * np.log(2 * np.pi)
+        return -self.objective - gaussian / self.inflation

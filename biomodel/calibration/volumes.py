@@ -208,6 +208,7 @@ class VolumeProblem:
     box = None
     update = None
     searching = False
+    inflation = 1.0
 
     def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver,
                  parameters: Mapping[str, Parameter] | None = None, noise: VolumeNoise | None = None):  # fmt: skip
@@ -250,6 +251,10 @@ class VolumeProblem:
         self.solves += 1
         with torch.no_grad():
             return self.y - self.volume_model(torch.tensor(z[None])).numpy()[0]
+
+    def reweigh(self, linear: VolumeLinear, precision: np.ndarray) -> float:
+        """The errors have heavy tails already, and each patient has a few volumes only."""
+        return 0.0
 
     def refine(self, linear: VolumeLinear) -> float:
         """There is no initial field to move."""
