@@ -61,7 +61,7 @@ def edge_groups(rows: np.ndarray, regions: list[np.ndarray], spacing: tuple[floa
         edges.append((apart < 1.01 * reach) if region.any() else np.zeros(region.shape, bool))
     group = np.stack([np.where(edge | edges[0], 1, np.where(region, 0, 2))
                       for region, edge in zip(regions[1:], edges[1:], strict=True)])  # fmt: skip
-    return group[rows]
+    return group.astype(np.int8)[rows]
 
 
 def blocks_of(rows: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
@@ -71,7 +71,7 @@ def blocks_of(rows: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarr
     for index, step, size in zip(where, spacing, rows.shape[1:], strict=True):
         cells = (index * step // BLOCK).astype(int)
         found = found * (int(size * step // BLOCK) + 1) + cells
-    return np.unique(found, return_inverse=True)[1]
+    return np.unique(found, return_inverse=True)[1].astype(np.int32)
 
 
 def inflation(scores: np.ndarray, blocks: np.ndarray, information: np.ndarray, precision: np.ndarray) -> float:

@@ -234,7 +234,7 @@ class ImageProblem:
             for column, part in zip(columns, found, strict=True):
                 column.append(part)
         self.sign, self.value, self.variance, self.response = (np.concatenate(c) for c in columns)
-        self.time_of_row = np.nonzero(self.rows)[0]
+        self.time_of_row = np.nonzero(self.rows)[0].astype(np.int16)
         first = self.initial.seen
         self.initial_variance = np.zeros(self.domain.shape) if first.sd is None else first.sd**2 * first.region
         # As if the noise of the first map were carried on voxel by voxel, without smoothing or growth.

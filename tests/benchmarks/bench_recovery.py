@@ -55,7 +55,7 @@ def one(seed: int, truth, make) -> dict:
     fit = bm.calibrate(model, patient.until(2))
     middle = time.process_time()
     days = [v.day for v in patient.visits[2:]]
-    forecast = bm.forecast(fit, times=days, draws=DRAWS, seed=seed, curve_step=10.0)
+    forecast = bm.forecast(fit, times=days, draws=DRAWS, seed=seed, curve_step=1e3)
     ended = time.process_time()
     row: dict = {"seed": seed, "calibration": middle - began, "forecast": ended - middle, "solves": fit.solves}
     row["z"], row["shrinkage"] = {}, fit.shrinkage
