@@ -264,7 +264,13 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         rows = [
-            (r["model"], f"{r['log_evidence']:.2f}", f"{r['evidence_weight']:.3f}", f"{r['aic']:.1f}", f"{r['bic']:.1f}")
+            (
+                r["model"],
+                f"{r['log_evidence']:.2f}",
+                f"{r['evidence_weight']:.3f}",
+                f"{r['aic']:.1f}",
+                f"{r['bic']:.1f}",
+            )
             for r in self.table()
         ]
         return html_table(("model", "log evidence", "weight", "AIC", "BIC"), rows)
@@ -296,5 +302,3 @@ def compare(
     if not models:
         raise CalibrationError("compare: no models given.")
     return Comparison(tuple(calibrate(m, patient, solver, method) for m in models))
-
-

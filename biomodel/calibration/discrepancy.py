@@ -1,13 +1,13 @@
 """Misfit beyond the stated noise: outliers and errors that neighbouring voxels share.
 
-A model of a patient is never quite right: regions are drawn askew, images do not lie exactly on each other, cells do what
-the equations leave out. Thousands of voxels taken as independent witnesses of such errors would make any estimate look
-certain. Three measures bound that, and all do nothing where the stated noise is right.
+A model of a patient is never quite right: regions are drawn askew, images do not lie exactly on each other, cells do
+what the equations leave out. Thousands of voxels taken as independent witnesses of such errors would make any estimate
+look certain. Three measures bound that, and all do nothing where the stated noise is right.
 
 - Voxels at the edge of a region, where readers differ, have a noise of their own: its scale is estimated from their
   residuals, and so is that of the others.
-- Voxels whose residual exceeds `OUTLIER` standard deviations pull with a bounded force (Huber 1964, Ann Math Stat 35:73,
-  doi:10.1214/aoms/1177703732).
+- Voxels whose residual exceeds `OUTLIER` standard deviations pull with a bounded force (Huber 1964, Ann Math Stat
+  35:73, doi:10.1214/aoms/1177703732).
 - The data as a whole count less where their score varies more from block to block of the image than the noise
   explains: the log-likelihood is divided by the ratio of both (magnitude adjustment of a composite likelihood, Ribatet,
   Cooley and Davison 2012, Statistica Sinica 22:813, doi:10.5705/ss.2009.248).

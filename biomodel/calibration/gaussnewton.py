@@ -145,7 +145,7 @@ def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, i
             damping = max(10 * damping, 1e-2)
         if not accepted:
             return Optimum(z, now, linear, iteration, distance < 1.0)
-        trial, value = _interpolated(z, trial, now, value, gradient, low, high, lambda x: linear.trial(x) + penalty(x))
+        trial, value = _interpolated(z, trial, now, value, gradient, low, high, linear, penalty)
         z = trial
         damping = max(damping / 10, 1e-6)
         linear = linearise(z)
@@ -154,7 +154,7 @@ def minimise(linearise: Callable, z: np.ndarray, prior: GaussianPrior, limits, i
     return Optimum(z, linear.objective + penalty(z), linear, iterations, False)
 
 
-def _interpolated(z, trial, now: float, value: float, gradient, low, high, objective) -> tuple[np.ndarray, float]:
+def _interpolated(z, trial, now: float, value: float, gradient, low, high, linear, penalty) -> tuple[np.ndarray, float]:
     """The better of an accepted step and the minimum of the parabola through it.
 
     Where residuals are large, Gauss-Newton's curvature is wrong along some directions, and whole steps overshoot (or
@@ -170,7 +170,7 @@ def _interpolated(z, trial, now: float, value: float, gradient, low, high, objec
         return trial, value
     point = np.clip(z + factor * step, low, high)
     try:
-        found = objective(point)
+        found = linear.trial(point) + penalty(point)
     except SolverError:
         return trial, value
     return (point, found) if np.isfinite(found) and found < value else (trial, value)

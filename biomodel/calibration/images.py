@@ -28,7 +28,8 @@ from biomodel.observation import Seen, observe
 from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.plan import TimePlan
-from biomodel.solvers.torch import Simulation, TorchSolver
+from biomodel.solvers.simulation import Simulation
+from biomodel.solvers.torch import TorchSolver
 from biomodel.treatments import Jump, Kill
 
 HALO = Parameter(
@@ -361,9 +362,11 @@ def _idle(model: ReactionDiffusion, patient: Patient, day: float) -> list[str]:
     begun = {d.agent for d in patient.schedule.doses if d.day < day}
     begun |= {o.agent for o in patient.schedule.ongoing if o.start_day < day}
     kills = [t for t in model.treatments if isinstance(t, Kill) and not begun.intersection(t.agents)]
-    jumps = [] if any(f.day < day for f in patient.schedule.fractions) else [
-        t for t in model.treatments if isinstance(t, Jump)
-    ]
+    jumps = (
+        []
+        if any(f.day < day for f in patient.schedule.fractions)
+        else [t for t in model.treatments if isinstance(t, Jump)]
+    )
     return [f"{t.name}." for t in (*kills, *jumps)]
 
 
