@@ -80,7 +80,7 @@ class MAP:
 
         problem.replan(first)
         problem.searching = True
-        screened = []
+        screened: list[Optimum] = []
         for point in points:
             try:
                 if not screened:

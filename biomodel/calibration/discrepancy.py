@@ -10,7 +10,7 @@ look certain. Three measures bound that, and all do nothing where the stated noi
   35:73, doi:10.1214/aoms/1177703732).
 - The data as a whole count less where their score varies more from block to block of the image than the noise
   explains: the log-likelihood is divided by the ratio of both (magnitude adjustment of a composite likelihood, Ribatet,
-  Cooley and Davison 2012, Statistica Sinica 22:813, doi:10.5705/ss.2009.248).
+  Cooley and Davison 2012, Statistica Sinica 22:813).
 """
 
 from __future__ import annotations

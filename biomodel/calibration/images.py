@@ -228,7 +228,7 @@ class ImageProblem:
             here, seen = self.rows[t], self.measured[t][self.rows[t]]
             sign = np.where(seen, 0.0, np.where(s.region[here], -1.0, 1.0))
             found = [sign, np.zeros(sign.shape), np.full(sign.shape, visible_sd**2), np.zeros(sign.shape)]
-            if s.fraction is not None:
+            if s.fraction is not None and s.sd is not None and s.response is not None:
                 found[1] = np.where(seen, s.fraction[here], 0.0)
                 found[2] = np.where(seen, np.maximum(s.sd[here], LEAST_SD) ** 2, visible_sd**2)
                 found[3] = np.where(seen, self.cv * s.response[here], 0.0)
