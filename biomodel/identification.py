@@ -17,6 +17,7 @@ from biomodel.findings import Finding, Severity, Step
 from biomodel.imaging.nifti import UNREADABLE, length_units, open_nifti
 from biomodel.patient import VIRTUAL
 from biomodel.schema import PatientManifest
+from biomodel.visit import MAPS
 
 __all__ = ["identification"]
 
@@ -116,7 +117,7 @@ def _named_files(manifest: PatientManifest | None) -> set[str]:
         return set()
     files = set() if manifest.grid is None else {manifest.grid.mask, *manifest.grid.tissues.values()}
     for visit in manifest.visits:
-        files |= {source.file for source in (visit.adc, visit.region, visit.drug_map) if source is not None}
+        files |= {source.file for source in (getattr(visit, kind) for kind in MAPS) if source is not None}
     return files
 
 

@@ -122,12 +122,18 @@ def observe(patient: Patient, visit: Visit) -> Seen | None:
     # The noise is relative to ADC. Taken from the noisy value of the voxel itself it would weigh voxels with a low
     # error more than those with a high one, and bias every estimate; the neighbours' mean does not.
     local = _local_mean(adc, visit.region)
+    if visit.adc_sd is None:
+        sd = voxel_noise(local, settings)
+    else:
+        # The same holds for errors that come from a voxel's few own residuals.
+        variance = np.where(visit.region, visit.adc_sd, 0.0) ** 2
+        sd = np.sqrt(_local_mean(variance, visit.region)) / (settings.adc_w - settings.adc_min)
     return Seen(
         visit.day,
         visit.number,
         visit.region,
         np.where(visit.region, cell_fraction(adc, settings), 0.0),
-        voxel_noise(local, settings),
+        sd,
         np.where(visit.region, shift_response(local, settings), 0.0),
     )
 

@@ -16,7 +16,16 @@ from biomodel.domain import Domain
 from biomodel.errors import InputError
 from biomodel.schedule import Schedule
 from biomodel.tables import html_table
-from biomodel.visit import CellularitySettings, Visit, VolumeSettings, check_order, check_visit, plain_fields, require
+from biomodel.visit import (
+    MAPS,
+    CellularitySettings,
+    Visit,
+    VolumeSettings,
+    check_order,
+    check_visit,
+    plain_fields,
+    require,
+)
 
 __all__ = ["CellularitySettings", "Patient", "Visit", "VolumeSettings"]
 
@@ -88,7 +97,7 @@ class Patient:
             if expected > 1:
                 check_order(visits[expected - 2].day, visit.day, expected, where)
             place = f"{where}: visit {expected}"
-            check_visit(visit, self.domain, {name: f"{place}, {name}" for name in ("adc", "region", "drug_map")})
+            check_visit(visit, self.domain, {name: f"{place}, {name}" for name in MAPS})
             require(
                 visit.adc is None or self.cellularity is not None,
                 f"{place}, adc: no 'cellularity' settings; expected adc_w and adc_min, which have no default. Add "
@@ -285,7 +294,8 @@ class Patient:
             cv=settings.cv if cv is None else cv, floor=settings.floor if floor is None else floor
         )
         visits = tuple(
-            replace(visit, adc=None, region=None, drug_map=None, volume=self.volume_of(visit)) for visit in self.visits
+            replace(visit, adc=None, adc_sd=None, region=None, drug_map=None, volume=self.volume_of(visit))
+            for visit in self.visits
         )
         return replace(self, domain=Domain.point(), visits=visits, cellularity=None, volumes=settings)
 
@@ -328,7 +338,7 @@ class Patient:
         for name in sorted(self.domain.tissues):
             add(f"tissue {name}", self.domain.tissues[name])
         for visit in self.visits:
-            for name in ("adc", "region", "drug_map"):
+            for name in MAPS:
                 add(f"visit {visit.number} {name}", getattr(visit, name))
         return digest.hexdigest()
 

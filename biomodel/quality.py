@@ -28,14 +28,15 @@ from biomodel.patient import Patient
 from biomodel.plausibility import plausibility
 from biomodel.schedule import Schedule
 from biomodel.schema import PatientManifest, VisitRecord
-from biomodel.visit import Visit, check_order, check_visit
+from biomodel.visit import MAPS, Visit, check_order, check_visit
 
 __all__ = ["Finding", "Findings", "check", "resample"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_MAPS = ("region", "adc", "drug_map")
+# The region first: what the others say depends on it.
+_MAPS = ("region", *(kind for kind in MAPS if kind != "region"))
 
 
 @dataclass
@@ -210,9 +211,11 @@ def _read_parts(
         source = getattr(record, kind)
         if source is None:
             continue
-        alone = record.model_copy(
-            update={other: None for other in (*_MAPS, "volume", "longest_diameter", "acquisition") if other != kind}
-        )
+        with_it = ("adc", "region") if kind == "adc_sd" else ()
+        if any(getattr(record, other) is not None and parts[other] is None for other in with_it):
+            continue  # what it belongs to cannot be used, which is said already
+        others = {*_MAPS, "volume", "longest_diameter", "acquisition"} - {kind, *with_it}
+        alone = record.model_copy(update=dict.fromkeys(others))
         part = _attempt(
             seen, "geometry", source.file, records.read_visit, alone, number, day, domain, manifest, folder, name
         )
@@ -221,7 +224,9 @@ def _read_parts(
     visit = _attempt(seen, "geometry", name, records.read_visit, rest, number, day, domain, manifest, folder, name)
     if visit is None:
         return None
-    whole = replace(visit, adc=parts.get("adc"), region=parts.get("region"), drug_map=parts.get("drug_map"))
+    found = {kind: parts.get(kind) for kind in _MAPS}
+    whole = replace(visit, adc=found["adc"], adc_sd=found["adc_sd"] if found["adc"] is not None else None,
+                    region=found["region"], drug_map=found["drug_map"])  # fmt: skip
     if len(parts) > 1:
         files = _files(record, name)
         places = {kind: f"{name}: visit {number}, {kind} ({files[kind]})" for kind in _MAPS}

@@ -31,7 +31,10 @@ from biomodel.schema import (
     Volumes,
 )
 from biomodel.units import convert
-from biomodel.visit import CellularitySettings, Visit, VolumeSettings, check_order, check_visit
+from biomodel.visit import MAPS, CellularitySettings, Visit, VolumeSettings, check_order, check_visit
+
+#: Units of the maps in files that we write; a region has none.
+UNITS = {"adc": "mm^2/s", "adc_sd": "mm^2/s", "drug_map": "1"}
 
 __all__ = ["read_patient", "write_patient"]
 
@@ -233,7 +236,7 @@ def read_domain(manifest: PatientManifest, folder: Path, name: str) -> Domain:
     """
     if manifest.grid is None:
         for number, record in enumerate(manifest.visits, start=1):
-            for kind in ("adc", "region", "drug_map"):
+            for kind in MAPS:
                 if getattr(record, kind) is not None:
                     raise InputError(
                         f"{name}: visit {number}, {kind}: an image, but the manifest has no 'grid'; expected the mask "
@@ -287,7 +290,7 @@ def read_visit(
     where = f"{name}: visit {number}"
     like_name = manifest.grid.mask if manifest.grid is not None else "MASK"
     places = {}
-    for kind in ("adc", "region", "drug_map"):
+    for kind in MAPS:
         source = getattr(record, kind)
         places[kind] = f"{where}, {kind}" + ("" if source is None else f" ({source.file})")
     if record.adc is not None and manifest.cellularity is None:
@@ -295,11 +298,11 @@ def read_visit(
             f"{where}, adc: the manifest has no 'cellularity'; expected adc_w and adc_min, which have no default. Add "
             "'cellularity'."
         )
-    adc = drug_map = region = volume = diameter = None
-    if record.adc is not None:
-        adc = _map(record.adc, "mm^2/s", domain, folder, f"{where}, adc", like_name)
-    if record.drug_map is not None:
-        drug_map = _map(record.drug_map, "1", domain, folder, f"{where}, drug_map", like_name)
+    region = volume = diameter = None
+    maps = {}
+    for kind, units in UNITS.items():
+        source = getattr(record, kind)
+        maps[kind] = None if source is None else _map(source, units, domain, folder, f"{where}, {kind}", like_name)
     if record.region is not None:
         image = _image(record.region.file, folder, f"{where}, region", domain, like_name)
         region = read_mask(image, places["region"])
@@ -313,7 +316,8 @@ def read_visit(
             record.acquisition.field_strength, "T", f"{where}, acquisition, field_strength"
         )
     try:
-        visit = Visit(number, day, adc, region, volume, diameter, drug_map, acquisition)
+        visit = Visit(number, day, region=region, volume=volume, longest_diameter=diameter, acquisition=acquisition,
+                      **maps)  # fmt: skip
     except InputError as error:
         raise type(error)(f"{name}: {error}") from None
     check_visit(visit, domain, places)
@@ -381,12 +385,12 @@ def _manifest(patient: Patient, images: dict[str, np.ndarray]) -> dict[str, obje
 
 def _visit_data(visit: Visit, images: dict[str, np.ndarray]) -> dict[str, object]:
     entry: dict[str, object] = {"day": visit.day}
-    for kind, units in (("adc", "mm^2/s"), ("region", None), ("drug_map", "1")):
+    for kind in MAPS:
         values = getattr(visit, kind)
         if values is not None:
             file = f"visit{visit.number}_{kind}.nii.gz"
             images[file] = values
-            entry[kind] = {"file": file} if units is None else {"file": file, "units": units}
+            entry[kind] = {"file": file, "units": UNITS[kind]} if kind in UNITS else {"file": file}
     if visit.volume is not None:
         entry["volume"] = _written(visit.volume, "cm^3")
     if visit.longest_diameter is not None:

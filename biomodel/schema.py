@@ -136,6 +136,8 @@ class VisitRecord(Timed):
     """What was measured on one day."""
 
     adc: Map | None = None
+    adc_sd: Map | None = None
+    """Standard deviation of the ADC in each voxel; in place of the cellularity's voxel_cv."""
     region: Region | None = None
     volume: Quantity | None = None
     """Tumour volume; 0 says that no tumour was seen."""

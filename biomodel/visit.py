@@ -13,7 +13,11 @@ from biomodel.errors import GeometryError, InputError, UnitError
 from biomodel.frozen import FrozenDict, frozen_array
 from biomodel.schedule import LARGEST_DAY
 
-__all__ = ["CellularitySettings", "Visit", "VolumeSettings", "check_order", "check_visit", "require"]
+__all__ = ["MAPS", "CellularitySettings", "Visit", "VolumeSettings", "check_order", "check_visit", "require"]
+
+
+#: The images that a visit may have.
+MAPS = ("adc", "adc_sd", "region", "drug_map")
 
 
 def require(condition: bool, message: str) -> None:
@@ -147,6 +151,9 @@ class Visit:
         Days from the patient's day 0.
     adc
         Apparent diffusion coefficient, mm²/s (z, y, x).
+    adc_sd
+        Standard deviation of `adc` in each voxel, independent between voxels, mm²/s (z, y, x); read inside the region.
+        It stands in place of the settings' `voxel_cv`.
     region
         bool (z, y, x), true inside the tumour.
     volume
@@ -167,6 +174,7 @@ class Visit:
     longest_diameter: float | None = None
     drug_map: np.ndarray | None = None
     acquisition: Mapping[str, object] = field(default_factory=dict)
+    adc_sd: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -191,7 +199,7 @@ class Visit:
                 f"{where}, {name}: {value:g} {units}; expected 0 to {largest:g} {units}. Check value and units.",
             )
             object.__setattr__(self, name, value)
-        for name in ("adc", "drug_map"):
+        for name in ("adc", "adc_sd", "drug_map"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, frozen_array(getattr(self, name), float))
         if self.region is not None:
@@ -210,7 +218,7 @@ def check_visit(visit: Visit, domain: Domain, where: Mapping[str, str]) -> None:
     Parameters
     ----------
     where
-        Place to be named in a message, for ``adc``, ``region`` and ``drug_map``.
+        Place to be named in a message, for each of `MAPS`.
 
     Raises
     ------
@@ -219,7 +227,7 @@ def check_visit(visit: Visit, domain: Domain, where: Mapping[str, str]) -> None:
     InputError
         If voxels are NaN or infinite inside the mask, or the region is empty or leaves the mask.
     """
-    for name in ("adc", "region", "drug_map"):
+    for name in MAPS:
         values = getattr(visit, name)
         if values is not None and values.shape != domain.shape:
             raise GeometryError(
@@ -255,6 +263,15 @@ def check_visit(visit: Visit, domain: Domain, where: Mapping[str, str]) -> None:
                 f"{where['region']}: {outside} of {int(visit.region.sum())} voxels lie outside the mask; expected "
                 "none. Enlarge the mask or cut the region."
             )
+    if visit.adc_sd is not None:
+        require(visit.adc is not None, f"{where['adc_sd']}: errors of an ADC map, but there is no 'adc'. Add the map.")
+        inside = visit.adc_sd[domain.mask if visit.region is None else visit.region]
+        bad = int((~np.isfinite(inside) | (inside <= 0)).sum())
+        require(
+            not bad,
+            f"{where['adc_sd']}: {bad} of {inside.size} voxels of the tumour are not positive numbers; expected a "
+            "standard deviation in each. Leave these voxels out of the region, or the whole map away.",
+        )
     if visit.adc is not None:
         _check_scale(visit.adc[domain.mask if visit.region is None else visit.region], where["adc"])
 

@@ -595,7 +595,7 @@ def test_one_agent_in_two_kinds_of_units(folder):
 def test_unknown_field(folder):
     edit(folder, lambda data: data["visits"][1].update(longestdiameter=3))
     assert refusal(folder) == (
-        "patient.json: visit 2: unknown field 'longestdiameter'; expected day, date, adc, region, volume, "
+        "patient.json: visit 2: unknown field 'longestdiameter'; expected day, date, adc, adc_sd, region, volume, "
         "longest_diameter, drug_map, acquisition. Did you mean 'longest_diameter'?"
     )
 
