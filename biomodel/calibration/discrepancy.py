@@ -75,7 +75,7 @@ def blocks_of(rows: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarr
 
 
 def inflation(scores: np.ndarray, blocks: np.ndarray, information: np.ndarray, precision: np.ndarray) -> float:
-    """How many times more the score varies than the noise explains.
+    """How many times more the score varies than the noise explains, at least 1: the stated noise is a floor.
 
     Parameters
     ----------
@@ -98,4 +98,4 @@ def inflation(scores: np.ndarray, blocks: np.ndarray, information: np.ndarray, p
     if expected <= 0:
         return 1.0
     ratio = float(np.trace(weight @ covariance)) / expected
-    return (BELIEF + len(used) * ratio) / (BELIEF + len(used))
+    return max((BELIEF + len(used) * ratio) / (BELIEF + len(used)), 1.0)

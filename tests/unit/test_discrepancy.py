@@ -39,7 +39,7 @@ def test_edges_are_one_voxel_wide_on_both_sides():
     assert found[1].tolist() == [2, 2, 1, 1, 2, 2, 2, 2, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("shared, low, high", [(0.0, 0.75, 1.3), (0.5, 8.0, 40.0)])
+@pytest.mark.parametrize("shared, low, high", [(0.0, 0.99, 1.3), (0.5, 8.0, 40.0)])
 def test_errors_shared_within_blocks_inflate(shared, low, high):
     rng = np.random.default_rng(3)
     rows = np.ones((1, 16, 16, 16), bool)
@@ -48,7 +48,7 @@ def test_errors_shared_within_blocks_inflate(shared, low, high):
     jacobian = rng.standard_normal((2, 1)) + 0.3 * rng.standard_normal((2, 4096))
     error = rng.standard_normal(4096) + shared * rng.standard_normal(64)[blocks]
     found = inflation(jacobian * error, blocks, jacobian @ jacobian.T, np.eye(2))
-    assert low < found < high
+    assert low < found < high  # never below 1
 
 
 def test_nothing_to_judge_by_leaves_the_weight_alone():
