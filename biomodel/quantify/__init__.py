@@ -1,0 +1,1 @@
+"""From raw series to calibrated maps on one grid: what ``tumorcast quantify`` does."""
