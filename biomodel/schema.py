@@ -250,6 +250,34 @@ class PatientManifest(Strict):
     """Remarks to be shown with results."""
 
 
+class StudyVisit(Timed):
+    """Raw series of one day."""
+
+    folder: File
+    """Folder of BIDS or DICOM series, relative to study.json."""
+    haematocrit: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction, as measured; 0.42 where it was not."""
+
+
+class StudyManifest(Strict):
+    """study.json: what raw series of one patient cannot say; read by ``tumorcast quantify``."""
+
+    schema_: Literal["tumorcast/study/v1"] = Field(alias="schema")
+    id: Annotated[str, StringConstraints(min_length=1, max_length=100)]
+    """Pseudonym."""
+    organ: Text
+    """breast, brain or any other."""
+    baseline: Date | None = None
+    """ISO date of day 0; the first visit's date if dates are given without it."""
+    cellularity: Cellularity
+    visits: Annotated[list[StudyVisit], Field(min_length=1)]
+    """In the order of days; the first is the reference onto which the others are registered."""
+    treatments: list[Treatment] = []
+    clinical: Clinical | None = None
+    notes: list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]] = []
+    """Remarks to be shown with results."""
+
+
 class CohortManifest(Strict):
     """cohort.json: patients and how they are split."""
 
@@ -265,6 +293,7 @@ class CohortManifest(Strict):
 #: The model of each kind of file.
 MODELS: dict[str, type[BaseModel]] = {
     "patient": PatientManifest,
+    "study": StudyManifest,
     "cohort": CohortManifest,
     "outcome": Outcome,
     "summary": Summary,

@@ -49,7 +49,7 @@ class Map:
             if values is None:
                 continue
             if np.ndim(values) != 3 or np.shape(values) != np.shape(self.values):
-                raise GeometryError(f"map {self.name}: {name} of shape {np.shape(values)}; expected one (z, y, x) grid.")
+                raise GeometryError(f"map {self.name}: {name} of shape {np.shape(values)}; expected one (z, y, x).")
             object.__setattr__(self, name, frozen_array(values, kind))
 
     def counts(self) -> dict[str, int]:

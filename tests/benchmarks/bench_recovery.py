@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("patients", type=int, nargs="?", default=200)
     parser.add_argument("--setting", choices=[*SETTINGS, "all"], default="all")
-    parser.add_argument("--first", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=3000)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     for name, (truth, make, title) in SETTINGS.items():
