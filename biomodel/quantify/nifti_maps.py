@@ -48,8 +48,8 @@ def write_maps(visit: VisitMaps, folder: str | os.PathLike[str]) -> tuple[Path, 
 
     Volume fractions (``ve``, ``vp``) leave in mL/100 mL and flows (``Fp``, ``PS``) in mL/min/100 mL; the units stand in
     each sidecar. Voxels without a value are NaN, which some readers (ITK, FSL) turn into 0: the reason codes tell them
-    from true zeros. Files of the same visit that were there before are replaced, and those that are no longer part of it
-    are removed; other files are left alone. All files are written before the first is put in place.
+    from true zeros. Files of the same visit that were there before are replaced, and those that are no longer part of
+    it are removed; other files are left alone. All files are written before the first is put in place.
 
     Parameters
     ----------
