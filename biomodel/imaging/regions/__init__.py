@@ -1,0 +1,39 @@
+"""Regions of an exam: the organ, its tissues, the tumour by thresholds or by a network, and scores of all of them."""
+
+from biomodel.imaging.regions.exam import Exam
+from biomodel.imaging.regions.network import Network, NetworkRegion, NetworkSettings, load_network
+from biomodel.imaging.regions.organ import BRAIN, BREAST, Organ, Usual, body_mask, breast_mask, given_mask
+from biomodel.imaging.regions.scores import Interval, RegionScore, bootstrap, score_region, surface_distances
+from biomodel.imaging.regions.tissue import Clusters, Tissues, fuzzy_c_means, tissues
+from biomodel.imaging.regions.training import Case, Training, train
+from biomodel.imaging.regions.tumour import Thresholds, TumourRegion, find_tumour
+
+__all__ = [
+    "BRAIN",
+    "BREAST",
+    "Case",
+    "Clusters",
+    "Exam",
+    "Interval",
+    "Network",
+    "NetworkRegion",
+    "NetworkSettings",
+    "Organ",
+    "RegionScore",
+    "Thresholds",
+    "Tissues",
+    "Training",
+    "TumourRegion",
+    "Usual",
+    "body_mask",
+    "bootstrap",
+    "breast_mask",
+    "find_tumour",
+    "fuzzy_c_means",
+    "given_mask",
+    "load_network",
+    "score_region",
+    "surface_distances",
+    "tissues",
+    "train",
+]

@@ -117,7 +117,8 @@ class Exam:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of voxels (z, y, x)."""
-        return self.before.shape  # type: ignore[return-value]
+        z, y, x = self.before.shape
+        return z, y, x
 
     @property
     def voxel_volume(self) -> float:

@@ -154,8 +154,8 @@ def practice_exam(virtual: VirtualPatient, visit: int, site: Site, seed: int) ->
         From 1.
     site : Site
     seed : int
-        Of what the images add: uptake, vessels, bias, movement and noise. Uptake and vessels stay the same for a patient
-        at all visits with the same seed.
+        Of what the images add: uptake, vessels, bias, movement and noise. With the same seed a patient keeps uptake and
+        vessels from visit to visit.
 
     Raises
     ------
@@ -168,7 +168,10 @@ def practice_exam(virtual: VirtualPatient, visit: int, site: Site, seed: int) ->
     body_rng, scan_rng = (np.random.default_rng([seed, part]) for part in (0, visit))
     shape, spacing = domain.shape, domain.spacing
     cells = truth["cell_fraction"].values[visit - 1].astype(float)
-    visible = virtual.patient.cellularity.visible_fraction
+    cellularity, seen = virtual.patient.cellularity, virtual.patient.visits[visit - 1]
+    if cellularity is None or seen.adc is None:
+        raise InputError(f"practice exam: {virtual.patient.id} has no ADC map or no settings of its cells.")
+    visible = cellularity.visible_fraction
     organ = domain.mask
     # Behind the breast lies muscle, down to the image's edge.
     front = np.where(organ.any(1, keepdims=True), organ.argmax(1)[:, None], 0)
@@ -217,10 +220,10 @@ def practice_exam(virtual: VirtualPatient, visit: int, site: Site, seed: int) ->
         clean = ndimage.gaussian_filter(moved if k else signal, site.blur) * receiver / scale
         real, imaginary = scan_rng.standard_normal((2, *shape)) / site.snr
         images.append(400 * np.hypot(clean + real, imaginary))
-    adc = np.where(organ, virtual.patient.visits[visit - 1].adc, np.nan)
+    adc = np.where(organ, seen.adc, np.nan)
     setting = "Mismatched" if "truth.resistant_fraction" in virtual.parameters else "Matched"
     return Practice(
-        Exam(*images, spacing, adc), organ & (cells >= visible), organ, organ | muscle,
+        Exam(images[0], images[1], images[2], spacing, adc), organ & (cells >= visible), organ, organ | muscle,
         domain.tissues["fibroglandular"], virtual.patient.id, site.name, setting,
     )  # fmt: skip
 
