@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -248,7 +249,9 @@ class _Writer:
         mapping = RealWorldValueMapping(
             lut_label=_shortened(f"{one.name}{' sd' if error else ''}", 16),
             lut_explanation=_shortened(explained, 64),
-            unit=CodedConcept(_UCUM.get(units, units)[:16], "UCUM" if units in _UCUM else _SCHEME, _said(units)),
+            unit=CodedConcept(
+                _UCUM.get(units) or _shortened(units, 16), "UCUM" if units in _UCUM else _SCHEME, _said(units)
+            ),
             value_range=(low, high),
             slope=1.0,
             intercept=0.0,
@@ -403,12 +406,13 @@ def _version() -> str:
 
 
 def _shortened(text: str, length: int) -> str:
-    """Text for a field of limited length."""
+    """Text for a field of limited length, in ASCII: the sources' character set may have no more than that."""
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii")
     return text if len(text) <= length else text[: length - 3].rstrip(" ,;") + "..."
 
 
 def _said(units: str) -> str:
-    return spoken_units(units) or "no units"
+    return _shortened(spoken_units(units) or "no units", 64)
 
 
 def _coded(name: str, units: str) -> Any:

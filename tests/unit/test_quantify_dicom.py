@@ -178,6 +178,8 @@ def test_the_study_is_that_of_raw_series(visit, folder, tmp_path):
     ds = pydicom.dcmread(tmp_path / "visit1_ADC.dcm")
     assert ds.PatientID == "VIRTUAL-1"
     np.testing.assert_allclose(frames(ds), expected(visit["ADC"].values, visit.grid, places(ds)), rtol=1e-6)
+    # The sources' character set is ASCII: nothing else may stand in texts, mm² least of all.
+    assert all(str(element.value).isascii() for element in ds.iterall() if element.VR in ("LO", "SH", "UT", "ST"))
     referred = {str(e.value) for e in ds.iterall() if e.keyword == "ReferencedSOPInstanceUID"}
     assert referred and referred <= {header.SOPInstanceUID for header in first}
     with pytest.raises(InputError, match="values of StudyInstanceUID"):
