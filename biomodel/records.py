@@ -26,6 +26,7 @@ from biomodel.schema import (
     Outcome,
     PatientManifest,
     Quantity,
+    StudyManifest,
     Timed,
     VisitRecord,
     Volumes,
@@ -75,7 +76,7 @@ def _held(record: Clinical | Outcome | Acquisition | None) -> dict[str, object]:
     return {} if record is None else record.model_dump(exclude_none=True, exclude={"schema_"})
 
 
-def baseline_of(manifest: PatientManifest, name: str) -> str | None:
+def baseline_of(manifest: PatientManifest | StudyManifest, name: str) -> str | None:
     """Return the date of day 0: the stated one, or the first visit's.
 
     Raises
@@ -116,7 +117,7 @@ def day_of(record: Timed, baseline: str | None, where: str) -> float:
     return (_moment(record.date, where) - _moment(baseline, f"{where}: baseline")).total_seconds() / 86400.0
 
 
-def visit_days(manifest: PatientManifest, name: str) -> list[float]:
+def visit_days(manifest: PatientManifest | StudyManifest, name: str) -> list[float]:
     """Return the day of each visit.
 
     Raises
@@ -168,7 +169,7 @@ def volume_settings(record: Volumes | None, name: str) -> VolumeSettings | None:
         raise type(error)(f"{name}: {error}") from None
 
 
-def read_schedule(manifest: PatientManifest, name: str) -> Schedule:
+def read_schedule(manifest: PatientManifest | StudyManifest, name: str) -> Schedule:
     """Return the treatments in internal units.
 
     Raises

@@ -61,10 +61,12 @@ def body(image: np.ndarray) -> np.ndarray:
     otsu = sitk.OtsuThresholdImageFilter()
     otsu.Execute(sitk.GetImageFromArray(clean))
     plane = ndimage.generate_binary_structure(2, 1)[None]
-    bright = ndimage.binary_closing(clean > otsu.GetThreshold() / 2, plane, iterations=2)
+    # Repeated beyond the edges of the image: a body that leaves it does not end there.
+    edge = ((0, 0), (4, 4), (4, 4))
+    bright = ndimage.binary_closing(np.pad(clean > otsu.GetThreshold() / 2, edge, mode="edge"), plane, iterations=2)
     for z in range(bright.shape[0]):
         bright[z] = ndimage.binary_fill_holes(bright[z])
-    bright = ndimage.binary_opening(bright, plane, iterations=2)
+    bright = ndimage.binary_opening(bright, plane, iterations=2)[:, 4:-4, 4:-4]
     parts, count = ndimage.label(bright)
     if count == 0:
         return bright
