@@ -149,7 +149,7 @@ def main(quick: bool) -> None:
               + ", ".join(f"{name} {total / empty:.2f}" for name, total in false.items()))  # fmt: skip
 
 
-STEPS = 2400
+STEPS = 2000
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -81,6 +81,8 @@ class NetworkSettings:
         return UNet(
             spatial_dims=3, in_channels=6 if self.with_adc else 5, out_channels=1, channels=self.features,
             strides=self.strides, num_res_units=self.residual_units,
+            # Not by instance: means over a whole image and over the patches of training are not the same.
+            norm="BATCH",
         )  # fmt: skip
 
 

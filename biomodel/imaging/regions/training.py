@@ -73,7 +73,7 @@ class Training:
     seed : int
     """
 
-    steps: int = 2400
+    steps: int = 2000
     patch: tuple[int, int, int] = (16, 40, 40)
     batch: int = 4
     on_tumour: float = 0.6
