@@ -113,9 +113,10 @@ def main(quick: bool) -> None:
         for group, p in exams(seeds, truth, (FAMILIAR, UNSEEN)):
             organ = organ_of(p.exam)
             organs.append(score_region(organ, p.organ, p.exam.spacing).dice)
-            healthy = organ & p.organ & ~p.region
-            tissue = tissues(p.exam.before, organ, p.exam.spacing, fat_suppressed=True)
-            gland.append(tissue.fibroglandular[healthy].mean() - p.fibroglandular[healthy].mean())
+            if p.visit == 1:
+                healthy = organ & p.organ & ~p.region
+                tissue = tissues(p.exam.before, organ, p.exam.spacing, fat_suppressed=True)
+                gland.append(tissue.fibroglandular[healthy].mean() - p.fibroglandular[healthy].mean())
             volume = p.region.sum() * p.exam.voxel_volume / 1000
             for name, method in methods.items():
                 began = time.process_time()

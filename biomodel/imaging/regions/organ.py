@@ -43,6 +43,9 @@ BREAST, BRAIN, BODY = (
 )
 #: Smooth surfaces (in mm) of masks, against specks and whiskers of noise.
 SMOOTH = 3.0
+#: The surface lies where the signal falls to this part of that inside: a half for one tissue against air, less where
+#: dark fat under it lies beside bright gland.
+EDGE = 0.4
 #: Part of the columns (percent) that surely show the chest, and how stiff its surface is against bending.
 LOWEST, STIFF = 5.0, 0.05
 
@@ -175,11 +178,28 @@ def body_mask(image: np.ndarray, spacing: Sequence[float], *, usual: Usual = BOD
         raise InputError("body mask: nothing of some size lies above Otsu's threshold.")
     sizes = np.bincount(labels.ravel())[1:]
     kept = np.isin(labels, 1 + np.flatnonzero(sizes >= 0.2 * sizes.max()))
+    kept &= ndimage.gaussian_filter(values, 0.8 / steps) >= _surface(soft, kept, steps)
+    kept = ndimage.binary_opening(np.pad(kept, 3, mode="edge"), _ball(steps, SMOOTH))[3:-3, 3:-3, 3:-3]
     for z in range(kept.shape[0]):
         kept[z] = ndimage.binary_fill_holes(kept[z])
     return _assess(
         kept, steps, usual, [f"Above a signal of {np.exp(threshold):.3g} (the lower of two by Otsu on its logarithm)."]
     )
+
+
+def _surface(soft: np.ndarray, body: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Signal at the body's surface: a part of that just inside (geometric mean over some mm), everywhere.
+
+    A threshold far below the tissue's signal, as one on logarithms is where there is little noise, lies outside of the
+    true surface by the width of the blur.
+    """
+    inner = ndimage.binary_erosion(np.pad(body, 1, mode="edge"), _ball(spacing, SMOOTH))[1:-1, 1:-1, 1:-1]
+    if not inner.any():
+        return np.zeros(body.shape)
+    weight = ndimage.gaussian_filter(inner.astype(float), 5.0 / spacing) + 1e-6
+    logs = np.log(np.maximum(soft, soft[inner].min() + 1e-12))
+    mean = ndimage.gaussian_filter(np.where(inner, logs, 0.0), 5.0 / spacing) + 1e-6 * logs[inner].mean()
+    return EDGE * np.exp(mean / weight)
 
 
 def breast_mask(

@@ -117,7 +117,7 @@ class Practice:
         The breast, and it with the chest wall.
     fibroglandular : ndarray, shape (z, y, x)
         True fraction in the breast.
-    patient, site, setting : str
+    patient, visit, site, setting
         Whose it is, and how it was made.
     """
 
@@ -127,6 +127,7 @@ class Practice:
     body: np.ndarray
     fibroglandular: np.ndarray
     patient: str
+    visit: int
     site: str
     setting: str
 
@@ -224,7 +225,7 @@ def practice_exam(virtual: VirtualPatient, visit: int, site: Site, seed: int) ->
     setting = "Mismatched" if "truth.resistant_fraction" in virtual.parameters else "Matched"
     return Practice(
         Exam(images[0], images[1], images[2], spacing, adc), organ & (cells >= visible), organ, organ | muscle,
-        domain.tissues["fibroglandular"], virtual.patient.id, site.name, setting,
+        domain.tissues["fibroglandular"], virtual.patient.id, visit, site.name, setting,
     )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ __all__ = ["Thresholds", "TumourRegion", "find_tumour"]
 
 #: Fewest voxels of parenchyma from which its enhancement is taken.
 LEAST_PARENCHYMA = 50
+#: Standard deviation of the smoothing before the thresholds, voxels.
+SMOOTH = 0.7
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Thresholds:
         Diameter, mm: what is thinner, such as a vessel, is no core.
     smallest : float
         Volume of the smallest core, cm³.
-    satellite : float
-        Further cores count from this part of the largest one's volume.
+    satellite, alike : float
+        Further cores count from these parts of the strongest one's volume, and of its enhancement beyond the
+        parenchyma's.
     largest_adc : float, optional
         mm²/s; what has more is left out, as cysts and fluid. Tumours under treatment may exceed common limits: none by
         default.
@@ -72,14 +75,15 @@ class Thresholds:
     thinnest: float = 5.0
     smallest: float = 0.05
     satellite: float = 0.05
+    alike: float = 0.7
     largest_adc: float | None = None
 
     def __post_init__(self) -> None:
-        parts = (self.background, self.contrast, self.satellite)
+        parts = (self.background, self.contrast, self.satellite, self.alike)
         if not (0 < self.edge < 1 and all(0 <= part <= 1 for part in parts)):
             raise InputError(
                 f"Thresholds: edge {self.edge:g}, contrast {self.contrast:g}, background {self.background:g}, "
-                f"satellite {self.satellite:g}; expected parts from 0 to 1."
+                f"satellite {self.satellite:g}, alike {self.alike:g}; expected parts from 0 to 1."
             )
         if min(self.enhancement, self.reach, self.smallest, self.thinnest) < 0:
             raise InputError("Thresholds: enhancement, reach, thinnest and smallest must not be negative.")
@@ -160,12 +164,16 @@ def find_tumour(
     bias = np.ones(exam.shape) if tissue is None else tissue.bias
     before, early, late = (np.where(sound, image / bias, 0.0) for image in (exam.before, exam.early, exam.late))
     steps: list[str] = []
+    # The thresholds see slightly smoothed images: the noise of single voxels would widen the range of parenchyma, and
+    # a threshold above it would leave faint tumours out.
+    soft = [_soften(image, sound) for image in (before, early, late)]
+    relative = np.where(sound, soft[1] / np.where(sound, soft[0], 1.0) - 1, 0.0)
 
-    threshold, parenchyma = _threshold(before, early, sound, thresholds, tissue, steps)
+    threshold, parenchyma = _threshold(soft[0], soft[1], sound, thresholds, tissue, steps)
 
     def enhancing(least: float) -> np.ndarray:
         core = functional_tumour(
-            before, early, late, limits & sound,
+            soft[0], soft[1], soft[2], limits & sound,
             least_enhancement=least, least_ratio=thresholds.ratio, background=thresholds.background,
             neighbours=thresholds.neighbours,
         )  # fmt: skip
@@ -173,12 +181,12 @@ def find_tumour(
         return _thick(core, exam, thresholds)
 
     core = enhancing(threshold)
-    stronger = _stronger(core, before, early, exam, thresholds, parenchyma[0], seeds)
+    stronger = _stronger(core, relative, threshold, exam, thresholds, parenchyma[0], seeds)
     if stronger > threshold:
         steps.append(f"The strongest part enhances by far more: threshold {stronger:.0%}.")
         threshold = stronger
         core = enhancing(threshold)
-    core, foci = _keep(core, early - before, exam, thresholds, seeds, steps)
+    core, foci = _keep(core, relative, threshold, exam, thresholds, parenchyma[0], seeds, steps)
     if not core.any():
         steps.append("No core is left: no tumour was found.")
         return TumourRegion(core, core, 0.0, 0, threshold, parenchyma, tuple(steps))
@@ -195,6 +203,12 @@ def find_tumour(
         steps.append(f"{int(wet.sum())} voxels with an ADC above {thresholds.largest_adc:.3g} mm²/s left out.")
     volume = float(region.sum()) * exam.voxel_volume / 1000
     return TumourRegion(region, core, volume, foci, threshold, parenchyma, tuple(steps))
+
+
+def _soften(image: np.ndarray, sound: np.ndarray) -> np.ndarray:
+    """The image smoothed by less than a voxel, without what lies outside of the mask."""
+    weight = ndimage.gaussian_filter(sound.astype(float), SMOOTH)
+    return np.where(sound, ndimage.gaussian_filter(image, SMOOTH) / np.maximum(weight, 1e-6), 0.0)
 
 
 def _threshold(
@@ -246,31 +260,29 @@ def _near(labels: np.ndarray, exam: Exam, seeds: Sequence[tuple[int, int, int]])
     return np.unique(labels[near & (labels > 0)])
 
 
-def _strongest(labels: np.ndarray, count: int, gain: np.ndarray) -> int:
-    """The part with the most enhancement in all, so that neither a large faint patch nor a bright speck wins."""
-    return 1 + int(np.argmax(ndimage.sum_labels(gain, labels, np.arange(1, count + 1))))
+def _strongest(labels: np.ndarray, count: int, relative: np.ndarray, threshold: float) -> int:
+    """The part with the most enhancement beyond the threshold: neither a large faint patch nor a bright speck wins."""
+    return 1 + int(np.argmax(ndimage.sum_labels(relative - threshold, labels, np.arange(1, count + 1))))
 
 
 def _stronger(
-    core: np.ndarray, before: np.ndarray, early: np.ndarray, exam: Exam, settings: Thresholds, parenchyma: float,
+    core: np.ndarray, relative: np.ndarray, threshold: float, exam: Exam, settings: Thresholds, parenchyma: float,
     seeds: Sequence[tuple[int, int, int]],
 ) -> float:  # fmt: skip
     """Threshold between the parenchyma and the strongest part (or that at the seeds); NaN without either."""
     labels, count = ndimage.label(core, np.ones((3, 3, 3)))
     if count == 0 or not np.isfinite(parenchyma):
         return float("nan")
-    kept = _near(labels, exam, seeds) if seeds else np.array([_strongest(labels, count, early - before)])
+    kept = _near(labels, exam, seeds) if seeds else np.array([_strongest(labels, count, relative, threshold)])
     part = np.isin(labels, kept) & core
     if not part.any():
         return float("nan")
-    # Smoothed, or the strongest voxels are those with the most noise.
-    soft = [ndimage.gaussian_filter(image, 1.0) for image in (before, early)]
-    strength = float(np.percentile((soft[1][part] - soft[0][part]) / soft[0][part], 90))
+    strength = float(np.percentile(relative[part], 90))
     return parenchyma + settings.contrast * (strength - parenchyma)
 
 
 def _keep(
-    core: np.ndarray, gain: np.ndarray, exam: Exam, settings: Thresholds,
+    core: np.ndarray, relative: np.ndarray, threshold: float, exam: Exam, settings: Thresholds, parenchyma: float,
     seeds: Sequence[tuple[int, int, int]], steps: list[str],
 ) -> tuple[np.ndarray, int]:  # fmt: skip
     """Parts of the core with a seed, or the strongest one and its satellites; and how many they are."""
@@ -281,9 +293,15 @@ def _keep(
         kept = _near(labels, exam, seeds)
         steps.append(f"{len(kept)} of {count} parts lie at a seed.")
     else:
+        best = _strongest(labels, count, relative, threshold) - 1
         sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-        kept = 1 + np.flatnonzero(sizes >= settings.satellite * sizes[_strongest(labels, count, gain) - 1])
-        steps.append(f"{len(kept)} of {count} parts kept: the strongest one and what is large enough beside it.")
+        means = np.asarray(ndimage.mean(relative, labels, np.arange(1, count + 1)))
+        floor = parenchyma if np.isfinite(parenchyma) else 0.0
+        alike = means - floor >= settings.alike * (means[best] - floor)
+        kept = 1 + np.flatnonzero(alike & (sizes >= settings.satellite * sizes[best]))
+        steps.append(
+            f"{len(kept)} of {count} parts kept: the strongest one and what is large and enhances enough beside it."
+        )
     return np.isin(labels, kept) & core, len(kept)
 
 
