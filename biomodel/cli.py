@@ -7,6 +7,7 @@ messages in :mod:`biomodel.cli_group`, which also brings in the commands of othe
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -176,6 +177,7 @@ def virtual(
         bool, typer.Option("--mismatched", help="Add physics and errors that the fitted model lacks.")
     ] = False,
     small: Annotated[bool, typer.Option("--small", help="24 × 24 × 24 voxels, for quick trials.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Write raw series for 'tumorcast quantify' instead.")] = False,
 ) -> None:
     """Make a virtual patient whose truth is known, written to disk as a real one would be."""
     _check_new(out)
@@ -186,6 +188,12 @@ def virtual(
 
         truth = Mismatched() if mismatched else Matched()
         made = small_patient(seed, truth) if small else virtual_patient(seed, truth)
+        if raw:
+            from biomodel.acquisition import SIEMENS_3T, write_raw
+
+            write_raw(made, out, SIEMENS_3T.mismatched() if mismatched else SIEMENS_3T, seed=seed)
+            typer.echo(f"Virtual study: {out}")
+            return
         # The truth is written after the patient, so one folder around both makes them appear together.
         with atomic_folder(out) as temporary:
             made.write(temporary)
@@ -210,6 +218,54 @@ def resample(
         raise typer.BadParameter(f"{out.name} must end in .nii or .nii.gz", param_hint="--out")
     bring(image, like, out)
     typer.echo(f"Resampled: {out}")
+
+
+class Between(StrEnum):
+    """What may move between visits."""
+
+    rigid = "rigid"
+    affine = "affine"
+    bspline = "bspline"
+
+
+@app.command(epilog="Example:\n\ntumorcast quantify study --out P014\n\ntumorcast forecast P014 --out result")
+def quantify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Study: study.json beside folders of raw series.")],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Patient folder to make; it must not exist.")],
+    registration: Annotated[Between, typer.Option(help="What may move between visits.")] = Between.bspline,
+    spacing: Annotated[
+        float | None, typer.Option(min=0.1, metavar="MM", help="Side of cubic voxels; by default those of visit 1.")
+    ] = None,
+    motion: Annotated[
+        bool, typer.Option("--motion/--no-motion", help="Correct motion within the dynamic series.")
+    ] = True,
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Write DICOM parametric maps and segmentations, too.")
+    ] = False,
+) -> None:
+    """Turn raw DCE, DWI and T1 series (DICOM or BIDS) into maps on one grid and a patient that can be forecast.
+
+    OUT gets patient.json with its images, maps/, registration/ and quantify.html, all of them or none.
+    """
+    _check_new(out)
+    with steps() as shown:
+        shown.say("Reading the study")
+        from biomodel.imaging.registration import Affine, BSpline, Rigid
+        from biomodel.quantify.pipeline import quantify as run_all
+        from biomodel.quantify.study import Study
+        from biomodel.quantify.visit import Settings
+
+        kind = {Between.rigid: Rigid, Between.affine: Affine, Between.bspline: BSpline}[registration]()
+        done = run_all(Study.read(folder), Settings(correct_motion=motion), kind, spacing, say=shown.say)
+        shown.say("Writing")
+        done.write(out, dicom=dicom)
+    for visit in done.visits:
+        assert visit.region is not None
+        volume = float(visit.region.sum()) * visit.grid.voxel_volume / 1e3
+        typer.echo(f"Visit {visit.number}, day {visit.day:g}: tumour {volume:.2f} cm³")
+    for note in done.patient.notes:
+        typer.echo(f"Note: {note}")
+    typer.echo(f"Maps: {out / 'quantify.html'}")
 
 
 # --- checks before anything is computed ------------------------------------------------------------------------------
