@@ -9,7 +9,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-FAST = {"03_read_your_own_nifti_folder.py", "volumes_only.py"}
+FAST = {"03_read_your_own_nifti_folder.py", "05_quantify_one_visit.py", "volumes_only.py"}
 #: CPU seconds; the wall clock would depend on what else runs.
 LIMIT = 60
 

@@ -73,7 +73,6 @@ def test_a_later_visit_lies_on_the_first(raw, done):
         for step in (-2, 2):
             assert misfit(found) < 0.8 * misfit(np.roll(found, step, axis)), (axis, step)
     assert done.visits[1].grid.same_as(done.visits[0].grid) and done.registrations[0].visit == 2
-    assert aligned < 3.0e-4  # mm²/s; 2 mm beside, the tumour's edge alone gives more
     assert abs(done.registrations[0].tumour.after / done.registrations[0].tumour.before - 1) < 0.03
 
 
