@@ -95,7 +95,12 @@ def test_no_later_visit_shapes_the_first(raw, done, tmp_path):
     alone = shutil.copytree(raw, tmp_path / "S")
     edit(alone, lambda data: data.update(visits=data["visits"][:1]))
     first = quantify(Study.read(alone), Settings(correct_motion=False), Rigid()).patient
-    assert first.until(1).fingerprint() == done.patient.until(1).fingerprint()
+    one, two = first.visits[0], done.patient.visits[0]
+    np.testing.assert_array_equal(one.region, two.region)
+    np.testing.assert_array_equal(first.domain.mask, done.patient.domain.mask)
+    # A repeated registration agrees to rounding, not bit for bit.
+    for name in ("adc", "adc_sd", "drug_map"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-12)
 
 
 def test_a_folder_that_is_not_there(study):
