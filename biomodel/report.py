@@ -6,17 +6,12 @@ Everything on it comes from a :class:`~biomodel.results.Results`, so a report ca
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from os import PathLike
-from pathlib import Path
 
-from biomodel.errors import OutputError
-from biomodel.files import atomic_write
+from biomodel.document import Document
 from biomodel.findings import Findings
 from biomodel.forecast import Forecast
 from biomodel.patient import Patient
@@ -25,11 +20,8 @@ from biomodel.results import Results, results
 
 __all__ = ["Page", "Picture", "Report", "report"]
 
-FOOTER = "Made by tumorcast. For research only: not a medical device, no advice on treating a person."
-
-
 @dataclass(frozen=True, eq=False)
-class Report:
+class Report(Document):
     """A report, ready to be shown or saved.
 
     Attributes
@@ -68,47 +60,16 @@ class Report:
         return (*own[:-2], *extra, *own[-2:])
 
     @property
-    def _heading(self) -> tuple[str, str]:
+    def heading(self) -> tuple[str, str]:
+        """Title, and the line below it."""
         from biomodel.report_words import subtitle, title
 
         return title(self.results.summary), subtitle(self.results.summary)
 
-    def html(self) -> str:
-        """Return the report as one HTML page that needs nothing else: no scripts, no other files, no network."""
-        import jinja2
-
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-        source = files("biomodel").joinpath("templates/report.html").read_text(encoding="utf-8")
-        head, where = self._heading
-        return environment.from_string(source).render(title=head, where=where, sections=self.sections, footer=FOOTER)
-
-    def pdf(self) -> bytes:
-        """Return the report as a PDF (A4)."""
-        from biomodel.report_pdf import pdf
-
-        return pdf(*self._heading, self.sections, FOOTER)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the report as ``.html`` or ``.pdf``, by the path's ending.
-
-        Raises
-        ------
-        OutputError
-            If the ending is another one, or the file cannot be written. What was there before is unchanged then.
-        """
-        path = Path(path)
-        ending = path.suffix.lower()
-        if ending not in (".html", ".htm", ".pdf"):
-            raise OutputError(f"{path}: found the ending {ending!r}; expected .html or .pdf. Choose one of them.")
-        data = self.pdf() if ending == ".pdf" else self.html().encode("utf-8")
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-
-    def _repr_html_(self) -> str:
-        # A page of its own inside a notebook: its styles must not leak into the notebook.
-        page = html.escape(self.html(), quote=True)
-        return f'<iframe srcdoc="{page}" style="width:100%;height:50rem;border:1px solid #ccc" title="report"></iframe>'
+    @property
+    def content(self) -> tuple[Section, ...]:
+        """All sections in order."""
+        return self.sections
 
 
 def report(

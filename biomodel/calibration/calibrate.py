@@ -188,11 +188,11 @@ def calibrate(
     stuck = [n for n, z, a, b in zip(problem.names, best.z, low, high, strict=True) if z <= a or z >= b]
     if stuck:
         notes.append(f"At its bound: {', '.join(stuck)}. The data ask for a value that the model forbids.")
-    if problem.inflation > DOUBTFUL:
+    if best.linear.inflation > DOUBTFUL:
         notes.append(
-            f"Model and images disagree by more than the stated noise: the images count {problem.inflation:.1f} times "
-            "less than voxels with independent errors would. Look for regions drawn askew, images that are not "
-            "aligned, or cells that the model does not know."
+            "Model and images disagree by more than the stated noise: the images count "
+            f"{best.linear.inflation:.1f} times less than voxels with independent errors would. Look for regions "
+            "drawn askew, images that are not aligned, or cells that the model does not know."
         )
     samples = None
     if isinstance(method, Importance) and isinstance(problem, VolumeProblem):
@@ -223,7 +223,7 @@ def calibrate(
         notes=tuple(notes),
         samples=samples,
         noise=problem.noise if isinstance(problem, VolumeProblem) else None,
-        inflation=problem.inflation,
+        inflation=best.linear.inflation,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -208,7 +209,6 @@ class VolumeProblem:
     box = None
     update = None
     searching = False
-    inflation = 1.0
 
     def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver,
                  parameters: Mapping[str, Parameter] | None = None, noise: VolumeNoise | None = None):  # fmt: skip
@@ -265,6 +265,7 @@ class VolumeProblem:
 class VolumeLinear:
     """Gauss-Newton quantities of the Student-t likelihood at one point."""
 
+    inflation: ClassVar[float] = 1.0  # its heavy tails take up what is not noise
     problem: VolumeProblem
     residual: np.ndarray
     jacobian: np.ndarray

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
-from os import PathLike
-from pathlib import Path
 
-from biomodel.errors import InputError, OutputError
-from biomodel.files import atomic_write
+from biomodel.document import Document
+from biomodel.errors import InputError
 from biomodel.quantify.maps import VisitMaps
 from biomodel.report_blocks import Section
 
 __all__ = ["StudyPage", "page"]
 
-FOOTER = "Made by tumorcast. For research only: not a medical device, no advice on treating a person."
-
-
 @dataclass(frozen=True, eq=False)
-class StudyPage:
+class StudyPage(Document):
     """A page of maps, ready to be shown or saved.
 
     Attributes
@@ -44,48 +36,16 @@ class StudyPage:
         return sections(self.visits)
 
     @property
-    def subtitle(self) -> str:
-        """Visits, days and scanners."""
+    def heading(self) -> tuple[str, str]:
+        """Title, and visits, days and scanners below it."""
         from biomodel.quantify.page_sections import subtitle
 
-        return subtitle(self.visits)
+        return self.title, subtitle(self.visits)
 
-    def html(self) -> str:
-        """Return one HTML page that needs nothing else: no scripts, no other files, no network."""
-        import jinja2
-
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-        environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-        source = files("biomodel").joinpath("templates/report.html").read_text(encoding="utf-8")
-        template = environment.from_string(source)
-        return template.render(title=self.title, where=self.subtitle, sections=self.sections, footer=FOOTER)
-
-    def pdf(self) -> bytes:
-        """Return the page as a PDF (A4)."""
-        from biomodel.report_pdf import pdf
-
-        return pdf(self.title, self.subtitle, self.sections, FOOTER)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the page as ``.html`` or ``.pdf``, by the path's ending.
-
-        Raises
-        ------
-        OutputError
-            If the ending is another one, or the file cannot be written. What was there before is unchanged then.
-        """
-        path = Path(path)
-        ending = path.suffix.lower()
-        if ending not in (".html", ".htm", ".pdf"):
-            raise OutputError(f"{path}: found the ending {ending!r}; expected .html or .pdf. Choose one of them.")
-        data = self.pdf() if ending == ".pdf" else self.html().encode("utf-8")
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-
-    def _repr_html_(self) -> str:
-        # A page of its own inside a notebook: its styles must not leak into the notebook.
-        text = html.escape(self.html(), quote=True)
-        return f'<iframe srcdoc="{text}" style="width:100%;height:50rem;border:1px solid #ccc" title="maps"></iframe>'
+    @property
+    def content(self) -> tuple[Section, ...]:
+        """All sections in order."""
+        return self.sections
 
 
 def page(visits: Sequence[VisitMaps], title: str = "Quantitative maps") -> StudyPage:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from biomodel.imaging.aif import (
 )
 from biomodel.imaging.concentration import Relaxivity, concentration, relaxivity
 from biomodel.imaging.dce import ExtendedTofts, Model, enhancement, fit_volume
+from biomodel.imaging.dce.semiquantitative import EARLY, LATE
 from biomodel.imaging.drugmap import tofts_supply
 from biomodel.imaging.dwi import Gaussian, fit_adc, residual_noise
 from biomodel.imaging.motion import align, correct_motion
@@ -30,7 +30,6 @@ from biomodel.imaging.regions.tissue import Tissues, tissues
 from biomodel.imaging.regions.tumour import Thresholds, find_tumour
 from biomodel.imaging.registration import Rigid
 from biomodel.imaging.series import Intake, Kind, Series
-from biomodel.imaging.series_grid import Grid
 from biomodel.imaging.series_quality import check_intake
 from biomodel.imaging.series_signal import body
 from biomodel.imaging.t1 import InversionRecovery, SpoiledGradientEcho, fit_t1
@@ -46,8 +45,6 @@ BRIGHTEST = 0.02
 PEAK = (1.0, 30.0)
 #: Longest time between images that shows the first pass of a bolus, s.
 FIRST_PASS = 5.0
-#: Times of the early and late images after arrival, s (Hylton et al. 2012, doi:10.1148/radiol.12110748).
-EARLY, LATE = 150.0, 450.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,15 +188,14 @@ class _Measurement:
 
     def _images(self) -> None:
         """Signal before, early and late after the agent."""
-        data = self.dce.data
-        before = np.mean([data[i] for i in self.baseline], 0)
         after = self.times - self.arrival
-        early, late = (int(np.argmin(np.abs(after - t))) for t in (EARLY, LATE))
-        if late == early:
-            raise InputError(f"{self.dce.name}: ends {after[-1]:.0f} s after the agent; expected 5 minutes or more.")
-        for name, image in (("before", before), ("early", data[early]), ("late", data[late])):
-            self._plain(name, "1", image, f"signal of {self.dce.name}")
-        self.notes.append(f"Early and late images: {after[early]:.0f} and {after[late]:.0f} s after the agent.")
+        late = min(LATE, float(after[-1]))  # the nearest where a protocol ends earlier; the note says when
+        data = np.asarray(self.dce.data)
+        self.exam = Exam.of_series(data, self.times, self.baseline, self.grid.spacing, arrival=self.arrival, late=late)
+        for name in ("before", "early", "late"):
+            self._plain(name, "1", getattr(self.exam, name), f"signal of {self.dce.name}")
+        taken = [float(after[np.abs(after - t).argmin()]) for t in (EARLY, late)]
+        self.notes.append(f"Early and late images: {taken[0]:.0f} and {taken[1]:.0f} s after the agent.")
 
     def _organ(self) -> np.ndarray:
         before = np.asarray(self.found["before"].values, float)
@@ -239,7 +235,8 @@ class _Measurement:
     def _convert(self, signal: np.ndarray, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         factor = None if self.b1 is None else self.b1.ravel()[voxels]
         t10 = np.asarray(self.found["T1"].values, float).ravel()[voxels]
-        found = concentration(signal, t10, self.spoiled, self.agent, self.baseline, b1=factor)
+        found = concentration(signal, t10, self.spoiled, self.agent, self.baseline, b1=factor,
+                              ceiling=_ceiling(self.dce))  # fmt: skip
         return found.values, found.code
 
     def _dynamic(self) -> None:
@@ -357,7 +354,8 @@ class _Measurement:
         # One noise level for the series: a voxel's own few residuals say little about it.
         known = np.isfinite(signal).all(1)
         sigma = residual_noise(rough, np.where(known, signal.min(1, where=known[:, None], initial=np.inf), np.nan))
-        fit = fit_adc(signal, dwi.b_values, noise=Gaussian(sigma), directions=dwi.directions)
+        fit = fit_adc(signal, dwi.b_values, noise=Gaussian(sigma), directions=dwi.directions,
+                      ceiling=_ceiling(dwi))  # fmt: skip
         self._spread("ADC", "mm^2/s", fit, self.inside, "weighted log-linear, noise from all residuals")
         self.dwi = dwi
 
@@ -373,8 +371,7 @@ class _Measurement:
         return found
 
     def _region(self, organ: np.ndarray, fractions: Tissues | None) -> np.ndarray:
-        images = [np.nan_to_num(np.asarray(self.found[n].values, float)) for n in ("before", "early", "late")]
-        exam = Exam(images[0], images[1], images[2], self.grid.spacing, np.asarray(self.found["ADC"].values, float))
+        exam = replace(self.exam, adc=np.asarray(self.found["ADC"].values, float))
         found = find_tumour(exam, organ, self.settings.thresholds, tissue=fractions)
         self.notes.append(f"Tumour: {found.volume:.2f} cm³ in {found.foci} part(s). " + " ".join(found.steps))
         return np.asarray(found.mask, bool)
@@ -413,12 +410,13 @@ class _Measurement:
         return tuple(found)
 
 
+def _ceiling(series: Series) -> float | None:
+    """Smallest value at which a sample of the series may be cut off; None where the storage says nothing."""
+    known = () if series.ceiling is None else series.ceiling[np.isfinite(series.ceiling)]
+    return float(np.min(known)) if len(known) else None
+
+
 def _size(matrix: np.ndarray) -> str:
-    """Shift and turn of a rigid movement in words."""
+    """Turn of a rigid movement in words."""
     angle = np.degrees(np.arccos(np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)))
     return f"turned by {angle:.1f}°"
-
-
-def grid_of(maps: Sequence[VisitMaps]) -> Grid:
-    """The grid of the first visit, the reference."""
-    return maps[0].grid

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from biomodel.calibration.discrepancy import BELIEF, OUTLIER, blocks_of, edge_groups, inflation, weights
+from biomodel.calibration.discrepancy import OUTLIER, blocks_of, edge_groups, inflation, weights
 
 
 def test_right_noise_keeps_its_weight():
@@ -53,5 +53,4 @@ def test_errors_shared_within_blocks_inflate(shared, low, high):
 
 def test_nothing_to_judge_by_leaves_the_weight_alone():
     assert inflation(np.zeros((2, 50)), np.zeros(50, int), np.zeros((2, 2)), np.eye(2)) == 1.0
-    one_block = inflation(np.ones((1, 50)), np.zeros(50, int), np.eye(1), np.eye(1))
-    assert one_block == 1.0 and BELIEF > 0
+    assert inflation(np.ones((1, 50)), np.zeros(50, int), np.eye(1), np.eye(1)) == 1.0

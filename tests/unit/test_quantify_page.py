@@ -117,7 +117,7 @@ def test_findings_reasons_and_limits(made, visits):
 def test_visits_from_other_scanners_are_named(visits):
     other = VisitMaps(2, 21.0, visits[1].grid, {}, visits[1].organ, acquisition={"vendor": "GE", "field_strength": 1.5})
     made = page([visits[0], other])
-    assert made.subtitle == "2 visits, days 0 to 21; Siemens, 3 T; GE, 1.5 T"
+    assert made.heading[1] == "2 visits, days 0 to 21; Siemens, 3 T; GE, 1.5 T"
     assert any("different scanners" in item for item in made.sections[-1].blocks[0].items)
 
 

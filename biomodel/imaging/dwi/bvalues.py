@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from biomodel.errors import GeometryError, InputError, UnitError
+from biomodel.imaging.series import B_RANGE
 
 __all__ = ["TraceSeries", "check_b_values", "trace_series"]
 
@@ -16,7 +17,7 @@ SAME_B = 5.0
 #: Up to this b (s/mm²) an image counts as without diffusion weighting.
 UNWEIGHTED = SAME_B
 #: Largest b-values outside this range are in other units than s/mm².
-PLAUSIBLE = (50.0, 1e5)
+PLAUSIBLE = B_RANGE
 #: Largest deviation of mean(g gᵀ) from a third of the identity at which an average over directions is the trace.
 ISOTROPY = 0.02
 
