@@ -59,7 +59,7 @@ _OF_CONCENTRATION = {"AUC60": ("126321", "IAUC60"), "AUC90": ("126322", "IAUC90"
 #: UCUM by the units of exported maps.
 _UCUM = {
     "1": "1", "1/min": "/min", "1/s": "/s", "s": "s", "min": "min", "mm^2/s": "mm2/s", "mM": "mmol/l",
-    "mM s": "mmol/l.s", "mM*s": "mmol/l.s", "mL/100mL": "mL/dL", "mL/min/100mL": "mL/min/dL", "%": "%",
+    "mM s": "mmol/l.s", "mM*s": "mmol/l.s", "mL/100mL": "mL/dL", "mL/min/100mL": "mL/min/dL", "%": "%", "bit": "bit",
 }  # fmt: skip
 _SCHEME = "99TUMORCAST"
 _START = time(9, 0)

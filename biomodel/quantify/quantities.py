@@ -77,6 +77,15 @@ _KNOWN = {
     ),
     "PE": Quantity("early enhancement", "Rise of the signal in the early image, relative to the one before contrast."),
     "cell_fraction": Quantity("tumour cell fraction", "Tumour cells over the most that fit into the voxel."),
+    "tumour_probability": Quantity(
+        "probability of tumour", "How likely the network holds the voxel for tumour; the region is a half and more."
+    ),
+    "tumour_entropy": Quantity(
+        "uncertainty of the tumour's region", "How unsure the network is of the voxel: 0 is sure, 1 is a coin's toss."
+    ),
+    "tissue_spread": Quantity(
+        "spread of the tissue fraction", "How far the network's mirrored views of the voxel disagree on its tissue."
+    ),
     "drug": Quantity("relative supply with drug", "How much of a drug reaches the voxel, relative to the tumour."),
 }
 _KNOWN["drug_map"] = _KNOWN["drug"]

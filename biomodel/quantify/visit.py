@@ -25,9 +25,9 @@ from biomodel.imaging.dwi import Gaussian, fit_adc, residual_noise
 from biomodel.imaging.motion import align, correct_motion
 from biomodel.imaging.preprocess import resample, resample_series
 from biomodel.imaging.regions.exam import Exam
+from biomodel.imaging.regions.methods import FuzzyClusters, RegionMethod, ThresholdRegions, TissueMethod
 from biomodel.imaging.regions.organ import breast_mask
-from biomodel.imaging.regions.tissue import Tissues, tissues
-from biomodel.imaging.regions.tumour import Thresholds, find_tumour
+from biomodel.imaging.regions.tissue import Tissues
 from biomodel.imaging.registration import Rigid
 from biomodel.imaging.series import Intake, Kind, Series
 from biomodel.imaging.series_quality import check_intake
@@ -61,15 +61,18 @@ class Settings:
         By default from the series' contrast agent and field strength.
     correct_motion : bool
         Within the dynamic series.
-    thresholds : Thresholds
-        Of the tumour's region.
+    region : RegionMethod
+        Way to the tumour's region: thresholds of enhancement, or ``NetworkRegions(TumourNetwork.load("tumour.pt"))``.
+    tissue : TissueMethod, optional
+        Way to the tissues of a breast: by default fuzzy c-means; ``NetworkTissues(TissueNetwork.load("tissue.pt"))``.
     """
 
     model: Model = ExtendedTofts()
     population: PopulationInput | None = None
     agent: Relaxivity | None = None
     correct_motion: bool = True
-    thresholds: Thresholds = Thresholds()
+    region: RegionMethod = ThresholdRegions()
+    tissue: TissueMethod | None = None
 
 
 def measure(visit: StudyVisit, intake: Intake, organ: str, settings: Settings) -> VisitMaps:
@@ -361,19 +364,27 @@ class _Measurement:
 
     def _tissues(self, organ: np.ndarray) -> Tissues | None:
         if self.organ_name != "breast":
+            if self.settings.tissue is not None:
+                raise InputError(f"organ {self.organ_name}: tissues are told apart in a breast only. Leave them out.")
             return None
-        before = np.nan_to_num(np.asarray(self.found["before"].values, float))
-        enhances = np.nan_to_num(np.asarray(self.found["PE"].values)) > self.settings.thresholds.enhancement
-        found = tissues(
-            before, organ, self.grid.spacing, fat_suppressed=bool(self.dce.fat_saturated), without=enhances & organ
-        )
+        if self.dce.fat_saturated is None:
+            self.notes.append("The dynamic series does not say whether fat is suppressed; taken as not suppressed.")
+        method = FuzzyClusters() if self.settings.tissue is None else self.settings.tissue
+        found = method.tissues(self.exam, organ, fat_suppressed=bool(self.dce.fat_saturated))
         self.notes.extend(found.notes)
+        if found.spread is not None:
+            spread = np.where(organ, found.spread, np.nan)
+            self._plain("tissue_spread", "1", spread, "standard deviation between the network's views")
         return found
 
     def _region(self, organ: np.ndarray, fractions: Tissues | None) -> np.ndarray:
         exam = replace(self.exam, adc=np.asarray(self.found["ADC"].values, float))
-        found = find_tumour(exam, organ, self.settings.thresholds, tissue=fractions)
-        self.notes.append(f"Tumour: {found.volume:.2f} cm³ in {found.foci} part(s). " + " ".join(found.steps))
+        found = self.settings.region.region(exam, organ, fractions)
+        self.notes.append(" ".join(found.notes))
+        if found.probability is not None:
+            self._plain("tumour_probability", "1", found.probability, found.method)
+        if found.entropy is not None:
+            self._plain("tumour_entropy", "bit", found.entropy, found.method)
         return np.asarray(found.mask, bool)
 
     def _curves(self, region: np.ndarray, organ: np.ndarray) -> tuple[Curve, ...]:

@@ -8,8 +8,18 @@ import torch
 from scipy import ndimage
 
 from biomodel.errors import InputError, OutputError
-from biomodel.imaging.regions import Case, Exam, Network, NetworkSettings, Training, load_network, score_region, train
-from biomodel.imaging.regions.network import FORMAT, channels, resample
+from biomodel.imaging.regions import (
+    Case,
+    Exam,
+    NetworkRegions,
+    NetworkSettings,
+    TissueNetwork,
+    Training,
+    TumourNetwork,
+    score_region,
+    train,
+)
+from biomodel.imaging.regions.network import channels, resample
 
 pytest.importorskip("monai")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -35,7 +45,7 @@ def case(seed: int, spacing: tuple[float, ...] = SPACING, tumour: bool = True) -
 
 
 @pytest.fixture(scope="module")
-def network() -> Network:
+def network() -> TumourNetwork:
     return train([case(seed) for seed in range(6)], SMALL, SHORT, kept_back=[case(50)])
 
 
@@ -83,7 +93,7 @@ def test_the_same_seed_gives_the_same_weights(network):
 def test_a_file_gives_the_same_network_back(network, tmp_path):
     path = tmp_path / "tumour.pt"
     digest = network.save(path)
-    read = load_network(path)
+    read = TumourNetwork.load(path)
     assert read.digest == digest == network.digest
     assert read.settings == network.settings and read.provenance == json.loads(json.dumps(network.provenance))
     test = case(79)
@@ -97,19 +107,19 @@ def test_a_file_gives_the_same_network_back(network, tmp_path):
 
 def test_a_wrong_file_is_refused(network, tmp_path):
     with pytest.raises(InputError, match="no such file"):
-        load_network(tmp_path / "nothing.pt")
+        TumourNetwork.load(tmp_path / "nothing.pt")
     text = tmp_path / "text.pt"
     text.write_text("weights")
     with pytest.raises(InputError, match="is no file of network weights"):
-        load_network(text)
+        TumourNetwork.load(text)
     foreign = tmp_path / "foreign.pt"
     torch.save({"state_dict": network.module.state_dict()}, foreign)
-    with pytest.raises(InputError, match="holds no tumour network"):
-        load_network(foreign)
+    with pytest.raises(InputError, match="holds no network of this package"):
+        TumourNetwork.load(foreign)
     whole = tmp_path / "whole.pt"  # a pickled module, which would run code when read
     torch.save(network.module, whole)
     with pytest.raises(InputError, match="is no file of network weights"):
-        load_network(whole)
+        TumourNetwork.load(whole)
     network.save(good := tmp_path / "good.pt")
     content = torch.load(good, weights_only=True)
     name = next(iter(content["state"]))
@@ -120,10 +130,29 @@ def test_a_wrong_file_is_refused(network, tmp_path):
     ):
         torch.save(content | change, tmp_path / "changed.pt")
         with pytest.raises(InputError, match="do not match their digest"):
-            load_network(tmp_path / "changed.pt")
-    torch.save(content | {"format": FORMAT[:-1] + "0"}, tmp_path / "old.pt")
+            TumourNetwork.load(tmp_path / "changed.pt")
+    torch.save(content | {"format": TumourNetwork.FORMAT[:-1] + "0"}, tmp_path / "old.pt")
     with pytest.raises(InputError, match="Train it anew"):
-        load_network(tmp_path / "old.pt")
+        TumourNetwork.load(tmp_path / "old.pt")
+    with pytest.raises(InputError, match="holds a 'tumorcast tumour network 1'; expected a network for fibroglandular"):
+        TissueNetwork.load(good)
+    torch.save(content | {"state": {"a": 1}}, tmp_path / "numbers.pt")
+    with pytest.raises(InputError, match="do not match their digest"):
+        TumourNetwork.load(tmp_path / "numbers.pt")
+
+
+def test_as_a_way_to_regions_it_brings_probability_and_uncertainty(network):
+    test = case(82)
+    organ = test.organ & (np.arange(20) > 2)
+    found = NetworkRegions(network).region(test.exam, organ, None)
+    plain = network.find(test.exam, organ)
+    np.testing.assert_array_equal(found.mask, plain.mask)
+    assert np.isnan(found.probability[~organ]).all() and np.isnan(found.entropy[~organ]).all()
+    np.testing.assert_array_equal(found.entropy[organ], plain.entropy[organ])
+    assert "among the network's views" in found.notes[0] and network.digest[:12] in found.notes[-1]
+    assert "6 exams of 6 patients at here" in found.notes[-1]
+    strict = NetworkRegions(network, smallest=50.0).region(test.exam, organ, None)
+    assert found.mask.any() and not strict.mask.any()
 
 
 def test_other_voxel_sizes_are_resampled(network):

@@ -1,8 +1,9 @@
-"""A small 3D U-Net (MONAI) for the tumour: what it sees, how it is kept in a file, and how it is asked.
+"""A small 3D U-Net (MONAI): what it sees, how it is asked, and how it is kept in a file.
 
-Çiçek et al. 2016, doi:10.1007/978-3-319-46723-8_49, in the variant with residual units that MONAI brings. Weights come
-from :func:`biomodel.imaging.regions.training.train`, on a user's own regions or on practice exams of virtual patients.
-There are none in the package: a network knows only what it was shown.
+Çiçek et al. 2016, doi:10.1007/978-3-319-46723-8_49, in the variant with residual units that MONAI brings. What it is
+asked for is the subject of :mod:`biomodel.imaging.regions.network_tumour` and
+:mod:`biomodel.imaging.regions.network_tissue`. Weights come from training on a user's own regions or on practice exams
+of virtual patients. There are none in the package: a network knows only what it was shown.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -23,10 +25,8 @@ from biomodel.errors import InputError
 from biomodel.files import atomic_write
 from biomodel.imaging.regions.exam import Exam
 
-__all__ = ["Network", "NetworkRegion", "NetworkSettings", "channels", "load_network"]
+__all__ = ["Network", "NetworkSettings", "channels", "resample"]
 
-#: Written into every file of weights; raised when the channels or the layout change their meaning.
-FORMAT = "tumorcast tumour network 1"
 #: ADC that enters as 1, mm²/s.
 ADC_SCALE = 2.0e-3
 
@@ -75,7 +75,7 @@ class NetworkSettings:
             from monai.networks.nets import UNet
         except ImportError:
             raise InputError(
-                "the tumour network needs MONAI, which is not installed. Install it with pip install "
+                "the networks of regions need MONAI, which is not installed. Install it with pip install "
                 "'tumorcast[imaging]'."
             ) from None
         return UNet(
@@ -134,38 +134,21 @@ def resample(values: np.ndarray, spacing: tuple[float, ...], target: tuple[float
     return ndimage.affine_transform(soft, steps, offset, shape, order=0 if nearest else 1, mode="nearest")
 
 
-@dataclass(frozen=True, eq=False)
-class NetworkRegion:
-    """What a network says about an exam.
+def seen_by(settings: NetworkSettings, exam: Exam, organ: np.ndarray) -> np.ndarray:
+    """Channels of an exam on the network's own voxels, float32 (channels, z, y, x)."""
+    full = channels(exam, organ, with_adc=settings.with_adc)
+    return np.stack([resample(c, exam.spacing, settings.spacing, None) for c in full]).astype(np.float32)
 
-    Attributes
-    ----------
-    mask : ndarray of bool, shape (z, y, x)
-        Probability of a half or more, without parts that are too small.
-    probability : ndarray, shape (z, y, x)
-        Mean over the augmented views.
-    spread : ndarray, shape (z, y, x)
-        Standard deviation of the probability between the views.
-    entropy : ndarray, shape (z, y, x)
-        Of the mean probability, 0 (sure) to 1 bit: the uncertainty of each voxel (Wang et al. 2019,
-        doi:10.1016/j.neucom.2019.01.103).
-    volume : (float, float, float)
-        cm³: of the mask, and the least and the largest among the views.
-    steps : tuple of str
-        What was done.
-    """
 
-    mask: np.ndarray
-    probability: np.ndarray
-    spread: np.ndarray
-    entropy: np.ndarray
-    volume: tuple[float, float, float]
-    steps: tuple[str, ...]
+def entropy_of(probability: np.ndarray) -> np.ndarray:
+    """Entropy of a yes or no with these probabilities, from 0 (sure) to 1 bit."""
+    both = (probability, 1 - probability)
+    return np.asarray(-sum(p * np.log2(np.maximum(p, 1e-12)) for p in both))
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A trained network.
+    """A trained network that gives a number from 0 to 1 in each voxel; what it means is its subclasses' matter.
 
     Attributes
     ----------
@@ -175,22 +158,24 @@ class Network:
         How it was trained: data, settings, seed, versions, scores on what was kept back. Plain JSON values.
     """
 
+    #: Written into every file of weights; its number rises when channels or layout change their meaning.
+    FORMAT: ClassVar[str] = ""
+    #: What it looks for, as messages call it.
+    SUBJECT: ClassVar[str] = ""
+
     settings: NetworkSettings
     module: nn.Module
     provenance: Mapping[str, object]
 
-    def find(self, exam: Exam, organ: np.ndarray, *, augment: bool = True, smallest: float = 0.05) -> NetworkRegion:
-        """Find the tumour of an exam.
+    def views(self, exam: Exam, organ: np.ndarray, *, augment: bool = True) -> np.ndarray:
+        """Return the network's answers, shape (views, z, y, x), from 0 to 1, and 0 outside of the organ.
 
         Parameters
         ----------
         exam : Exam
         organ : ndarray of bool, shape (z, y, x)
-            Nothing outside is tumour.
         augment
             Ask eight times, mirrored along every axis, instead of once.
-        smallest
-            Volume below which a part does not count, cm³.
 
         Raises
         ------
@@ -198,27 +183,11 @@ class Network:
             If the organ has no signal or the network needs an ADC map that is missing.
         """
         inside = exam.mask(organ, "network: organ")
-        seen = channels(exam, inside, with_adc=self.settings.with_adc)
-        seen = np.stack([resample(c, exam.spacing, self.settings.spacing, None) for c in seen]).astype(np.float32)
+        seen = seen_by(self.settings, exam, inside)
         flips = [tuple(a for a in (2, 3, 4) if code >> (a - 2) & 1) for code in range(8 if augment else 1)]
         views = self._ask(torch.from_numpy(seen)[None], flips)
         views = np.stack([resample(v, self.settings.spacing, exam.spacing, exam.shape) for v in views])
-        views = np.where(inside, np.clip(views, 0, 1), 0.0)
-        mean = views.mean(0)
-        entropy = -sum(p * np.log2(np.maximum(p, 1e-12)) for p in (mean, 1 - mean))
-        found = mean >= 0.5
-        labels, count = ndimage.label(found, np.ones((3, 3, 3)))
-        sizes = np.bincount(labels.ravel(), minlength=count + 1) * exam.voxel_volume / 1000
-        kept = sizes >= smallest
-        kept[0] = False
-        volumes = [float((v >= 0.5).sum()) * exam.voxel_volume / 1000 for v in views]
-        mask = kept[labels]
-        steps = (
-            f"Network of {self.provenance.get('cases', '?')} training exams, {len(flips)} views.",
-            f"{int(kept.sum())} of {count} parts reach {smallest:g} cm³.",
-        )
-        volume = (float(mask.sum()) * exam.voxel_volume / 1000, min(volumes), max(volumes))
-        return NetworkRegion(mask, mean, views.std(0), entropy, volume, steps)
+        return np.where(inside, np.clip(views, 0, 1), 0.0)
 
     def _ask(self, seen: Tensor, flips: list[tuple[int, ...]]) -> np.ndarray:
         """Probabilities (views, z, y, x) of one exam (1, channels, z, y, x)."""
@@ -251,8 +220,62 @@ class Network:
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         digest = _digest(state, header)
         with atomic_write(path, overwrite=overwrite) as temporary:
-            torch.save({"format": FORMAT, "header": header, "state": state, "sha256": digest}, temporary)
+            torch.save({"format": self.FORMAT, "header": header, "state": state, "sha256": digest}, temporary)
         return digest
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a network that :meth:`save` wrote; nothing in the file is run.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, holds no network of this subject, is of another version, or its contents do not
+            match its digest; or if MONAI is not installed.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise InputError(
+                f"{source}: there is no such file of network weights. Train one first, with 'tumorcast train'."
+            )
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or foreign file provokes in the reader
+            raise InputError(
+                f"{source}: is no file of network weights ({type(error).__name__}). Give one that 'tumorcast train' "
+                "wrote."
+            ) from error
+        found = str(content.get("format", "")) if isinstance(content, dict) else ""
+        kind = cls.FORMAT.rstrip("0123456789")
+        if not found.startswith(kind):
+            what = f"holds a {found!r}" if found else "holds no network of this package"
+            raise InputError(f"{source}: {what}; expected a network for {cls.SUBJECT} ({cls.FORMAT!r}).")
+        if found != cls.FORMAT:
+            raise InputError(f"{source}: format {found!r}; this version reads {cls.FORMAT!r}. Train it anew.")
+        state, header = content.get("state"), content.get("header")
+        sound = (
+            isinstance(state, dict) and isinstance(header, str) and all(isinstance(v, Tensor) for v in state.values())
+        )
+        if not sound or _digest(state, header) != content.get("sha256"):
+            raise InputError(
+                f"{source}: weights and settings do not match their digest; the file was changed or damaged."
+            )
+        plain = json.loads(header)
+        known = {field.name for field in fields(NetworkSettings)}
+        if set(plain["settings"]) != known:
+            raise InputError(f"{source}: settings {sorted(plain['settings'])}; expected {sorted(known)}.")
+        settings = replace(
+            NetworkSettings(**plain["settings"]),
+            features=tuple(plain["settings"]["features"]),
+            spacing=tuple(plain["settings"]["spacing"]),
+        )
+        module = settings.build()
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"{source}: its weights do not fit its settings. Train it anew.") from error
+        module.eval()
+        return cls(settings, module, plain["provenance"])
 
 
 def _header(settings: NetworkSettings, provenance: Mapping[str, object]) -> str:
@@ -266,44 +289,3 @@ def _digest(state: Mapping[str, Tensor], header: str) -> str:
         total.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         total.update(values.numpy().tobytes())
     return total.hexdigest()
-
-
-def load_network(path: str | PathLike[str]) -> Network:
-    """Read a network that :meth:`Network.save` wrote; nothing in the file is run.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is no such file, is of another version, or its contents do not match its digest.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise InputError(f"{source}: there is no such file of network weights. Train one first, with train(...).")
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file provokes in the reader
-        raise InputError(
-            f"{source}: is no file of network weights ({type(error).__name__}). Give one that Network.save wrote."
-        ) from error
-    if not isinstance(content, dict) or not str(content.get("format", "")).startswith("tumorcast tumour network"):
-        raise InputError(f"{source}: holds no tumour network. Give a file that Network.save wrote.")
-    if content["format"] != FORMAT:
-        raise InputError(f"{source}: format {content['format']!r}; this version reads {FORMAT!r}. Train it anew.")
-    state, header = content.get("state"), content.get("header")
-    if not isinstance(state, dict) or not isinstance(header, str) or _digest(state, header) != content.get("sha256"):
-        raise InputError(f"{source}: weights and settings do not match their digest; the file was changed or damaged.")
-    plain = json.loads(header)
-    known = {field.name for field in fields(NetworkSettings)}
-    if set(plain["settings"]) != known:
-        raise InputError(f"{source}: settings {sorted(plain['settings'])}; expected {sorted(known)}.")
-    settings = replace(
-        NetworkSettings(**plain["settings"]),
-        features=tuple(plain["settings"]["features"]),
-        spacing=tuple(plain["settings"]["spacing"]),
-    )
-    module = settings.build()
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{source}: its weights do not fit its settings. Train it anew.") from error
-    return Network(settings, module, plain["provenance"])

@@ -8,7 +8,7 @@ they belong under version control before anything is fitted to them. A region fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from biomodel.imaging.dce.convolution import convolve
 from biomodel.imaging.regions.exam import Exam
 from biomodel.imaging.t1 import SpoiledGradientEcho
 from biomodel.virtual import VirtualPatient
+from biomodel.visit import Visit
 
-__all__ = ["FAMILIAR", "UNSEEN", "Practice", "Site", "practice_exam"]
+__all__ = ["FAMILIAR", "UNSEEN", "Practice", "Site", "practice_exam", "without_tumour"]
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,8 @@ def practice_exam(virtual: VirtualPatient, visit: int, site: Site, seed: int) ->
     shape, spacing = domain.shape, domain.spacing
     cells = truth["cell_fraction"].values[visit - 1].astype(float)
     cellularity, seen = virtual.patient.cellularity, virtual.patient.visits[visit - 1]
-    if cellularity is None or seen.adc is None:
-        raise InputError(f"practice exam: {virtual.patient.id} has no ADC map or no settings of its cells.")
+    if cellularity is None:
+        raise InputError(f"practice exam: {virtual.patient.id} has no settings of its cells.")
     visible = cellularity.visible_fraction
     organ = domain.mask
     # Behind the breast lies muscle, down to the image's edge.
@@ -221,12 +222,23 @@ def practice_exam(virtual: VirtualPatient, visit: int, site: Site, seed: int) ->
         clean = ndimage.gaussian_filter(moved if k else signal, site.blur) * receiver / scale
         real, imaginary = scan_rng.standard_normal((2, *shape)) / site.snr
         images.append(400 * np.hypot(clean + real, imaginary))
-    adc = np.where(organ, seen.adc, np.nan)
+    adc = None if seen.adc is None else np.where(organ, seen.adc, np.nan)
     setting = "Mismatched" if "truth.resistant_fraction" in virtual.parameters else "Matched"
     return Practice(
         Exam(images[0], images[1], images[2], spacing, adc), organ & (cells >= visible), organ, organ | muscle,
         domain.tissues["fibroglandular"], virtual.patient.id, visit, site.name, setting,
     )  # fmt: skip
+
+
+def without_tumour(virtual: VirtualPatient) -> VirtualPatient:
+    """The same breast as if no tumour had ever grown in it, to see what a method finds where there is nothing.
+
+    Its exams with the same seed differ from the patient's only where the tumour was. ADC maps are left out.
+    """
+    cells = virtual.truth["cell_fraction"]
+    truth = virtual.truth.assign(cell_fraction=cells * 0.0)
+    visits = tuple(Visit(visit.number, visit.day, volume=0.0) for visit in virtual.patient.visits)
+    return replace(virtual, patient=replace(virtual.patient, visits=visits), truth=truth)
 
 
 def _signal(sequence: SpoiledGradientEcho, t1: float, added: np.ndarray, angle: torch.Tensor) -> np.ndarray:

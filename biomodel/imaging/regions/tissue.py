@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from biomodel.errors import GeometryError, InputError
+from biomodel.imaging.preprocess import bias_field
+from biomodel.imaging.series_grid import Grid
 
-__all__ = ["Clusters", "Tissues", "fuzzy_c_means", "n4", "tissues"]
+__all__ = ["Clusters", "Tissues", "doubts_of", "fuzzy_c_means", "receiver_bias", "tissues"]
 
-#: Knots of N4's spline are this far apart at most, mm: coils vary over such lengths, tissue over shorter ones.
+#: Knots of N4's spline are this far apart, mm, then half of it: coils vary over such lengths, tissue over shorter.
 KNOTS = 60.0
 #: Fewest voxels of the organ.
 LEAST = 100
@@ -115,16 +117,20 @@ class Tissues:
         Fractions that sum to 1 in the organ; 0 outside, and NaN where the image is not finite.
     bias : ndarray, shape (z, y, x)
         The receiver's bias that was divided out; 1 where none was.
-    clusters : Clusters
+    clusters : Clusters, optional
+        None where the fractions do not come from clustering.
     notes : tuple of str
         What is doubtful.
+    spread : ndarray, shape (z, y, x), optional
+        Standard deviation of the fraction between a network's views; None where there are none.
     """
 
     fibroglandular: np.ndarray
     adipose: np.ndarray
     bias: np.ndarray
-    clusters: Clusters
+    clusters: Clusters | None
     notes: tuple[str, ...]
+    spread: np.ndarray | None = None
 
     @property
     def share(self) -> float:
@@ -133,36 +139,28 @@ class Tissues:
         return float(np.nansum(self.fibroglandular) / total)
 
 
-def n4(image: np.ndarray, inside: np.ndarray, spacing: Sequence[float], *, shrink: int = 3) -> np.ndarray:
-    """The slow multiplicative bias of an image, (z, y, x), with geometric mean 1 in the organ, by SimpleITK's N4.
+def receiver_bias(image: np.ndarray, inside: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """The slow multiplicative bias of an image, (z, y, x), with geometric mean 1 inside, by N4.
+
+    Knots closer than :func:`~biomodel.imaging.preprocess.bias_field` has them by default: inside of one organ they
+    follow the coil, and what they take away of tissue is less than what they leave of the coil's otherwise.
 
     Raises
     ------
     InputError
-        If SimpleITK is not installed.
+        If there is too little signal, or SimpleITK is not installed.
     """
-    try:
-        import SimpleITK as sitk
-    except ImportError:
-        raise InputError(
-            "N4 needs SimpleITK, which is not installed. Install it with pip install 'tumorcast[imaging]'."
-        ) from None
-    positive = inside & np.isfinite(image) & (image > 0)
-    floor = float(image[positive].min())
-    picture = sitk.GetImageFromArray(np.where(positive, image, floor).astype(np.float32))
-    mask = sitk.GetImageFromArray(positive.astype(np.uint8))
-    for one in (picture, mask):
-        one.SetSpacing([float(step) for step in spacing[::-1]])
-    factors = [max(1, min(shrink, count // 8)) for count in image.shape[::-1]]
-    small, small_mask = (sitk.Shrink(one, factors) for one in (picture, mask))
-    corrector = sitk.N4BiasFieldCorrectionImageFilter()
-    corrector.SetMaximumNumberOfIterations([50, 50])
-    # As many spans of the spline as the field of view has knots' distances; the second level halves them.
-    extent = [count * step for count, step in zip(image.shape, spacing, strict=True)]
-    corrector.SetNumberOfControlPoints([max(4, round(e / KNOTS) + 3) for e in extent[::-1]])
-    corrector.Execute(small, small_mask)
-    field = np.exp(sitk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(picture)).astype(float))
-    return field / np.exp(np.log(field[positive]).mean())
+    grid = Grid(image.shape, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
+    found = bias_field(image, grid, inside, knots=KNOTS, iterations=(50, 50))
+    return np.asarray(found.values, float)
+
+
+def doubts_of(gland: np.ndarray) -> tuple[str, ...]:
+    """What is not plausible about the fibroglandular fractions (n,) in an organ."""
+    share = float(np.nanmean(gland))
+    if 0.01 <= share <= 0.9:
+        return ()
+    return (f"Fibroglandular share {share:.2f}; usual ones lie between 0.01 and 0.9. Is fat_suppressed right?",)
 
 
 def tissues(
@@ -213,7 +211,7 @@ def tissues(
     learn = sound if without is None else sound & ~np.asarray(without, bool)
     if learn.sum() < LEAST:
         raise InputError(f"tissues: {int(learn.sum())} voxels with signal in the organ; expected at least {LEAST}.")
-    bias = n4(values, learn, spacing) if correct_bias else np.ones_like(values)
+    bias = receiver_bias(values, learn, spacing) if correct_bias else np.ones_like(values)
     even = values / bias
     found = fuzzy_c_means(even[learn], 2, fuzziness=fuzziness)
     # All voxels by the centres of those learnt from; bright outliers belong to the bright tissue, not to none.
@@ -227,7 +225,5 @@ def tissues(
         notes.append(f"The two tissues differ little in signal (a factor of {contrast:.2f}); the split is doubtful.")
     if not found.converged:
         notes.append(f"Fuzzy c-means did not settle in {found.steps} steps.")
-    share = float(np.nanmean(gland[inside]))
-    if not 0.01 <= share <= 0.9:
-        notes.append(f"Fibroglandular share {share:.2f}; usual ones lie between 0.01 and 0.9. Is fat_suppressed right?")
+    notes.extend(doubts_of(gland[inside]))
     return Tissues(gland, np.where(inside, 1 - gland, 0.0), bias, found, tuple(notes))
