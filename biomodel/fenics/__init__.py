@@ -1,0 +1,1 @@
+"""Finite elements: the FEniCS solver, its worker processes and their meshes."""

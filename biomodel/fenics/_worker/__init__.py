@@ -1,0 +1,1 @@
+"""The part that runs under the interpreter that has dolfinx: it imports nothing else of this project."""
