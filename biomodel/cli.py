@@ -7,6 +7,7 @@ messages in :mod:`biomodel.cli_group`, which also brings in the commands of othe
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -212,8 +213,7 @@ def resample(
     """
     from biomodel.quality import resample as bring
 
-    if out.exists():
-        raise OutputError(f"{out}: exists already and is left as it is. Choose another name or remove it first.")
+    _check_new_file(out)
     if not out.name.endswith((".nii", ".nii.gz")):
         raise typer.BadParameter(f"{out.name} must end in .nii or .nii.gz", param_hint="--out")
     bring(image, like, out)
@@ -242,6 +242,14 @@ def quantify(
     dicom: Annotated[
         bool, typer.Option("--dicom", help="Write DICOM parametric maps and segmentations, too.")
     ] = False,
+    region_weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Find tumours with a network of 'tumorcast train', not with thresholds."),
+    ] = None,
+    tissue_weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Tell tissues apart with a network, not with fuzzy c-means."),
+    ] = None,
 ) -> None:
     """Turn raw DCE, DWI and T1 series (DICOM or BIDS) into maps on one grid and a patient that can be forecast.
 
@@ -255,8 +263,17 @@ def quantify(
         from biomodel.quantify.study import Study
         from biomodel.quantify.visit import Settings
 
+        settings = Settings(correct_motion=motion)
+        if region_weights is not None:
+            from biomodel.imaging.regions import NetworkRegions, TumourNetwork
+
+            settings = replace(settings, region=NetworkRegions(TumourNetwork.load(region_weights)))
+        if tissue_weights is not None:
+            from biomodel.imaging.regions import NetworkTissues, TissueNetwork
+
+            settings = replace(settings, tissue=NetworkTissues(TissueNetwork.load(tissue_weights)))
         kind = {Between.rigid: Rigid, Between.affine: Affine, Between.bspline: BSpline}[registration]()
-        done = run_all(Study.read(folder), Settings(correct_motion=motion), kind, spacing, say=shown.say)
+        done = run_all(Study.read(folder), settings, kind, spacing, say=shown.say)
         shown.say("Writing")
         done.write(out, dicom=dicom)
     for visit in done.visits:
@@ -266,6 +283,52 @@ def quantify(
     for note in done.patient.notes:
         typer.echo(f"Note: {note}")
     typer.echo(f"Maps: {out / 'quantify.html'}")
+
+
+@app.command(epilog="Example:\n\ntumorcast train P001 P002 P003 --virtual 40 --keep-back 1 --out tumour.pt\n\n"
+             "tumorcast quantify study --region-weights tumour.pt --out P014")  # fmt: skip
+def train(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File of weights to write; it must not exist.")],
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Patients of 'tumorcast quantify', regions corrected."),
+    ] = None,
+    virtual: Annotated[int, typer.Option(min=0, metavar="N", help="Learn from N virtual patients, too.")] = 0,
+    tissues: Annotated[bool, typer.Option("--tissues", help="For --tissue-weights, not --region-weights.")] = False,
+    bright_fat: Annotated[
+        bool, typer.Option("--bright-fat", help="With --tissues: the patients' series do not suppress fat.")
+    ] = False,
+    keep_back: Annotated[int, typer.Option(min=0, metavar="K", help="Patients that are scored, not learnt from.")] = 0,
+    training_steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Updates of the weights; by default 2000, with --tissues 600.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same network.")] = 0,
+) -> None:
+    """Train a network for tumour regions (or tissues) on quantified patients, virtual patients or both.
+
+    It learns the files maps/visitN_region.nii.gz (or visitN_tissue-fibroglandular.nii.gz) as they are: look them
+    through and correct them first. An empty region says that there is no tumour.
+    """
+    if bright_fat and (virtual or not tissues):
+        raise typer.BadParameter(
+            "needs --tissues, and no virtual patients, whose fat is dark", param_hint="--bright-fat"
+        )
+    _check_new_file(out)
+    with steps() as shown:
+        shown.say("Reading the exams")
+        from biomodel import cli_train as job
+        from biomodel.imaging.regions import Training
+
+        lessons = job.gather(folders or [], virtual, seed, shown)
+        shown.say("Training")
+        count = training_steps or (job.TISSUE_STEPS if tissues else job.TUMOUR_STEPS)
+        made, score = job.teach(
+            lessons, keep_back, Training(steps=count, seed=seed), shown, tissues=tissues, fat_suppressed=not bright_fat
+        )
+        digest = made.save(out)
+    typer.echo(f"Learnt from {made.provenance['cases']} exams of {made.provenance['patients']} patients.")
+    typer.echo(score)
+    typer.echo(f"Weights: {out} ({digest[:12]})")
 
 
 # --- checks before anything is computed ------------------------------------------------------------------------------
@@ -293,6 +356,12 @@ def _check_writable(out: Path) -> None:
 def _check_new(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out}: exists already and is left as it is. Choose another folder or remove it first.")
+    _check_writable(out)
+
+
+def _check_new_file(out: Path) -> None:
+    if out.exists():
+        raise OutputError(f"{out}: exists already and is left as it is. Choose another name or remove it first.")
     _check_writable(out)
 
 
