@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import ConvexHull, QhullError
 from scipy.spatial.distance import pdist
 
@@ -125,9 +125,13 @@ def observe(patient: Patient, visit: Visit) -> Seen | None:
     if visit.adc_sd is None:
         sd = voxel_noise(local, settings)
     else:
-        # The same holds for errors that come from a voxel's few own residuals.
+        # The same holds for errors that come from a voxel's few own residuals. Errors at the edge, where tissues mix,
+        # differ from those inside, so voxels are averaged with others of their depth only.
         variance = np.where(visit.region, visit.adc_sd, 0.0) ** 2
-        sd = np.sqrt(_local_mean(variance, visit.region)) / (settings.adc_w - settings.adc_min)
+        depth = np.minimum(np.ceil(distance_transform_edt(visit.region) - 1e-9), 3)
+        for layer in (1, 2, 3):
+            variance = _local_mean(variance, depth == layer)
+        sd = np.sqrt(variance) / (settings.adc_w - settings.adc_min)
     return Seen(
         visit.day,
         visit.number,

@@ -156,6 +156,18 @@ def _shift(number: int) -> Parameter:
     )  # fmt: skip
 
 
+def _telling(seen: Seen, visible: float) -> np.ndarray:
+    """Voxels of a region whose ADC says more than that tumour is there, bool (z, y, x).
+
+    Where tissues mix, at the edge, the measured fraction may be less certain than the visible one is small: then that
+    tumour was seen says more. Errors that are alike everywhere are no such case.
+    """
+    if seen.sd is None or not seen.region.any():
+        return seen.region
+    limit = max(visible, 3 * float(np.quantile(seen.sd[seen.region], 0.1)))
+    return np.asarray(seen.region & (seen.sd <= limit))
+
+
 class ImageProblem:
     """Residuals, sensitivities and weights of one imaged patient.
 
@@ -223,7 +235,7 @@ class ImageProblem:
         self.measured, self.rows = np.zeros(shape, bool), np.zeros(shape, bool)
         columns: list[list[np.ndarray]] = [[], [], [], []]
         for t, s in enumerate(self.later):
-            self.measured[t] = s.region if s.fraction is not None else False
+            self.measured[t] = _telling(s, self.visible) if s.fraction is not None else False
             self.rows[t] = s.region | (near & self.domain.mask)
             here, seen = self.rows[t], self.measured[t][self.rows[t]]
             sign = np.where(seen, 0.0, np.where(s.region[here], -1.0, 1.0))

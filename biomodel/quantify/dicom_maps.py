@@ -49,6 +49,7 @@ _QUANTITIES = {
     "T1": ("113063", "T1"),
     "R1": ("126393", "R1"),
     "ADC": ("113041", "Apparent Diffusion Coefficient"),
+    "ADC_tumour": ("113041", "Apparent Diffusion Coefficient"),
     "D": ("113289", "Diffusion Coefficient"),
     "D*": ("113292", "Fast Diffusion Coefficient"),
     "f": ("113293", "Fast Diffusion Coefficient Fraction"),

@@ -111,6 +111,10 @@ class VisitMaps:
         What was done and assumed, in sentences.
     acquisition
         ``vendor``, ``field_strength`` (T), ``sequence``.
+    resolution
+        Voxel sizes of the diffusion series along (z, y, x), mm; None where it is not known.
+    edge
+        Share of tumour from which a voxel belongs to the region.
     """
 
     number: int
@@ -124,6 +128,8 @@ class VisitMaps:
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     acquisition: Mapping[str, object] = field(default_factory=dict)
+    resolution: tuple[float, float, float] | None = None
+    edge: float = 1.0
 
     def __post_init__(self) -> None:
         shapes = {m.name: m.values.shape for m in self.maps.values()} | {"organ": np.shape(self.organ)}

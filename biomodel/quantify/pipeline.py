@@ -14,6 +14,7 @@ from biomodel.domain import Domain
 from biomodel.errors import GeometryError, InputError
 from biomodel.files import atomic_folder
 from biomodel.imaging.drugmap import drug_map
+from biomodel.imaging.partial_volume import tumour_adc, tumour_share
 from biomodel.imaging.preprocess import isotropic, resample
 from biomodel.imaging.registration import BSpline, Image, Kind, Registration, Rigid, register
 from biomodel.imaging.series_grid import Grid
@@ -140,6 +141,7 @@ def quantify(
         measured.append(replace(moved, notes=(*moved.notes, *doubts, note)))
         found.append(one)
     tell("Putting the patient together")
+    measured = [_freed(maps) for maps in measured]
     return Quantified(_patient(study, measured), tuple(measured), tuple(found))
 
 
@@ -192,6 +194,25 @@ def _drawn(maps: VisitMaps, grid: Grid, path: Registration | None) -> VisitMaps:
     )
 
 
+def _freed(maps: VisitMaps) -> VisitMaps:
+    """With the ADC of the tumour alone, in voxels that it shares with other tissue."""
+    # On the grid of the patient: drawn along a registration it would mix with what lies outside of the region.
+    adc, region = maps["ADC"], maps.region
+    if region is None or not region.any() or adc.sd is None or maps.resolution is None:
+        return maps
+    gain = np.asarray(maps["early"].values, float) - np.asarray(maps["before"].values, float)
+    spacing = maps.grid.spacing
+    try:
+        share = tumour_share(gain, region, maps.organ | region, spacing, maps.resolution)
+        values, sd = tumour_adc(np.asarray(adc.values), np.asarray(adc.sd), share, region, spacing)
+    except InputError as error:
+        return replace(maps, notes=(*maps.notes, f"ADC at the tumour's edge holds other tissue, too: {error}"))
+    method = "ADC freed from the tissue beside the tumour by the share that enhances"
+    return replace(
+        maps, maps={**maps.maps, "ADC_tumour": Map("ADC_tumour", adc.units, values, sd, adc.code, method)}
+    )
+
+
 def _patient(study: Study, visits: list[VisitMaps]) -> Patient:
     """The patient on the first visit's grid; nothing of a later visit shapes what the first one says."""
     first = visits[0]
@@ -210,6 +231,9 @@ def _patient(study: Study, visits: list[VisitMaps]) -> Patient:
         if lost:
             notes.append(f"Visit {maps.number}: {lost} voxels of tumour outside the organ of visit 1 are left out.")
         adc, sd = _filled(maps["ADC"], mask)
+        if "ADC_tumour" in maps.maps:
+            own, own_sd = _filled(maps["ADC_tumour"], mask)
+            adc, sd = np.where(region, own, adc), np.where(region, own_sd, sd)
         supply = None
         if maps.number == 1 and "supply" in maps.maps:
             supply = drug_map(np.asarray(maps["supply"].values, float), region, domain, code=maps["Ktrans"].code).values
@@ -219,9 +243,18 @@ def _patient(study: Study, visits: list[VisitMaps]) -> Patient:
                 volume=None if region.any() else 0.0, drug_map=supply, acquisition=maps.acquisition,
             )
         )  # fmt: skip
+    cellularity = study.cellularity
+    if cellularity is not None and first.edge < 1:
+        # The study says from what fraction of cells a voxel looks wholly like tumour; the region ends before.
+        whole = cellularity.visible_fraction
+        cellularity = replace(cellularity, visible_fraction=whole * first.edge)
+        notes.append(
+            f"Regions end where a voxel holds {first.edge:.0%} of tumour, so at a cell fraction of "
+            f"{cellularity.visible_fraction:.3g} instead of {whole:.3g}; volumes are those of such regions."
+        )
     return Patient(
         id=study.id, organ=study.organ, domain=domain, visits=tuple(made), schedule=study.schedule,
-        cellularity=study.cellularity, clinical=study.clinical, baseline=study.baseline, notes=tuple(notes),
+        cellularity=cellularity, clinical=study.clinical, baseline=study.baseline, notes=tuple(notes),
     )  # fmt: skip
 
 

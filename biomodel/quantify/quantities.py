@@ -65,6 +65,10 @@ _KNOWN = {
         "apparent diffusion coefficient",
         "How freely water moves; dense cells hinder it, oedema and necrosis let it rise.",
     ),
+    "ADC_tumour": Quantity(
+        "apparent diffusion coefficient of tumour",
+        "ADC of the tumour's part of voxels that it shares with fat or gland; this is what the forecast uses.",
+    ),
     "D": Quantity("diffusion coefficient", "How freely water outside the vessels moves."),
     "D*": Quantity("pseudo-diffusion coefficient", "How fast blood in small vessels dephases the signal."),
     "f": Quantity("perfusion fraction", "Share of the diffusion signal that comes from blood in small vessels."),

@@ -144,6 +144,8 @@ class _Measurement:
             },
             region=region,
             curves=self._curves(region, organ),
+            resolution=self.resolution,
+            edge=self.edge,
             findings=tuple(check_intake(self.intake, self.visit.folder.name)),
             notes=tuple(self.notes),
             acquisition={
@@ -350,6 +352,10 @@ class _Measurement:
             self.notes.append(f"Diffusion series moved onto the dynamic one: {_size(alignment.transform.matrix)}.")
         except InputError as error:
             self.notes.append(f"The diffusion series was not aligned with the dynamic one: {error}")
+        # Size of the diffusion series' voxels along the axes (z, y, x) of the grid.
+        axes = np.linalg.inv(self.grid.affine[:3, :3] / np.linalg.norm(self.grid.affine[:3, :3], axis=0))
+        z, y, x = np.linalg.norm(axes @ dwi.grid.affine[:3, :3], axis=1)[::-1]
+        self.resolution = (float(z), float(y), float(x))
         dwi = self._here(dwi)
         assert dwi.b_values is not None
         signal = dwi.signal(self.inside)
@@ -380,6 +386,7 @@ class _Measurement:
     def _region(self, organ: np.ndarray, fractions: Tissues | None) -> np.ndarray:
         exam = replace(self.exam, adc=np.asarray(self.found["ADC"].values, float))
         found = self.settings.region.region(exam, organ, fractions)
+        self.edge = found.edge
         self.notes.append(" ".join(found.notes))
         if found.probability is not None:
             self._plain("tumour_probability", "1", found.probability, found.method)

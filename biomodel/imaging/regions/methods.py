@@ -42,6 +42,8 @@ class FoundRegion:
     probability, entropy : ndarray, shape (z, y, x), optional
         That a voxel is tumour, and how unsure that is, 0 to 1 bit; NaN outside of the organ. None from a way that gives
         no probabilities.
+    edge : float
+        Share of tumour from which a voxel belongs to the region; 1 where it has to look wholly like tumour.
     """
 
     mask: np.ndarray
@@ -49,6 +51,7 @@ class FoundRegion:
     method: str
     probability: np.ndarray | None = None
     entropy: np.ndarray | None = None
+    edge: float = 1.0
 
 
 class RegionMethod(Protocol):
@@ -82,7 +85,10 @@ class ThresholdRegions:
         """Find the tumour; see :func:`find_tumour` for what is raised."""
         found = find_tumour(exam, organ, self.thresholds, tissue=tissue)
         note = f"Tumour: {found.volume:.2f} cm³ in {found.foci} part(s)."
-        return FoundRegion(np.asarray(found.mask, bool), (note, *found.steps), "thresholds of enhancement and growing")
+        return FoundRegion(
+            np.asarray(found.mask, bool), (note, *found.steps), "thresholds of enhancement and growing",
+            edge=self.thresholds.edge,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

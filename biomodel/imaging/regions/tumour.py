@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from biomodel.errors import InputError
 from biomodel.imaging.dce.semiquantitative import functional_tumour
+from biomodel.imaging.partial_volume import mean_over
 from biomodel.imaging.regions.exam import Exam
 from biomodel.imaging.regions.tissue import Tissues, fuzzy_c_means
 
@@ -320,8 +321,8 @@ def _grow(
     spacing = np.asarray(exam.spacing)
     away = ndimage.distance_transform_edt(~core, spacing)
     inner = ndimage.binary_erosion(core)
-    full = _local_mean(gain, inner if inner.sum() >= 0.2 * core.sum() else core, spacing, 4.0)
-    around = _local_mean(gain, sound & (away > settings.reach / 2) & (away < 4 * settings.reach), spacing, 8.0)
+    full = mean_over(gain, inner if inner.sum() >= 0.2 * core.sum() else core, spacing, 4.0)
+    around = mean_over(gain, sound & (away > settings.reach / 2) & (away < 4 * settings.reach), spacing, 8.0)
     level = around + settings.edge * (full - around)
     soft = ndimage.gaussian_filter(np.where(sound, gain, around), 0.35)
     candidates = limits & (away <= settings.reach) & (soft >= level)
@@ -329,13 +330,3 @@ def _grow(
     region = ndimage.binary_propagation(core & candidates, mask=candidates)
     # Single voxels of noise on the surface go with the majority around them.
     return limits & ndimage.binary_fill_holes(ndimage.median_filter(region.astype(np.uint8), 3).astype(bool))
-
-
-def _local_mean(values: np.ndarray, where: np.ndarray, spacing: np.ndarray, length: float) -> np.ndarray:
-    """Mean of values over a mask with Gaussian weights, everywhere; far from the mask, that of the whole mask."""
-    if not where.any():
-        return np.zeros(values.shape)
-    mean = float(values[where].mean())
-    weight = ndimage.gaussian_filter(where.astype(float), length / spacing)
-    total = ndimage.gaussian_filter(np.where(where, values, 0.0), length / spacing)
-    return (total + 1e-3 * mean) / (weight + 1e-3)
