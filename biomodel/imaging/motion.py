@@ -1,38 +1,29 @@
 """Motion within a series whose contrast changes: each sample is compared with what the others say it should look like.
 
 A dynamic series brightens while the patient moves, so that no single sample is a fit reference for all. First each
-sample is brought to the first one by mutual information; then references are made for all of them from the principal
-components of the series so far, one component first and more from pass to pass, since the first ones hold the uptake
-that many voxels share and motion comes in the later ones (progressive principal component registration: Melbourne et
-al. 2007, Phys Med Biol 52:5147). The searches are SimpleITK's.
+sample is brought near the first one by mutual information (SimpleITK's), then closer by least squares on logarithms, of
+which uptake changes less; then references are made for all of them from the principal components of the series so far,
+one component first and more from pass to pass, since the first ones hold the uptake that many voxels share and motion
+comes in the later ones (progressive principal component registration: Melbourne et al. 2007, Phys Med Biol 52:5147).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from biomodel.errors import GeometryError, InputError
+from biomodel.imaging.motion_search import levelled, like_the_first, like_the_others
 from biomodel.imaging.preprocess import plain_sample
 from biomodel.imaging.registration import Image, Kind, Registration, Rigid, register
-from biomodel.imaging.registration_search import (
-    Correlation,
-    MutualInformation,
-    check_image,
-    linear,
-    matrix_of,
-)
+from biomodel.imaging.registration_search import MutualInformation, check_image, linear, matrix_of
 from biomodel.imaging.series import Series
 from biomodel.imaging.series_grid import Grid
 from biomodel.imaging.series_signal import shift
 from biomodel.imaging.transforms import Transform, from_itk, simpleitk, to_itk
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk
 
 __all__ = ["Corrected", "align", "correct_motion"]
 
@@ -132,15 +123,13 @@ def correct_motion(
     middle = series.grid.affine[:3, :3] @ centre + series.grid.affine[:3, 3]
     begin = sitk.Euler3DTransform()
     begin.SetCenter((middle * [-1, -1, 1]).tolist())
+    images = levelled(images, small)
     found = [begin]
-    for image in images[1:]:
-        found.append(linear(images[0], image, region, None, begin, MutualInformation(), seed, (2, 1)))
+    for image in images[1:]:  # each from where the one before was: patients drift more than they jump
+        found.append(linear(images[0], image, region, None, found[-1], MutualInformation(), seed, (2,), step=0.5))
+    found = like_the_first(images, found, small)
     for turn in range(passes):
-        references = _references(images, found, small, min(turn + 1, components))
-        found = [
-            linear(reference, image, region, None, start, Correlation(MOST_VOXELS), seed, (1,), 40, 0.1)
-            for reference, image, start in zip(references, images, found, strict=True)
-        ]
+        found = like_the_others(images, found, small, min(turn + 1, components))
 
     # All of them seen from the first sample, which stays.
     first = np.linalg.inv(matrix_of(found[0]))
@@ -179,32 +168,6 @@ def _factors(grid: Grid) -> list[int]:
             break
         factors[int(np.argmin(able))] += 1
     return [int(factor) for factor in factors]
-
-
-def _references(
-    images: list[sitk.Image], found: list[sitk.Transform], inside: np.ndarray, count: int
-) -> list[sitk.Image]:
-    """For each sample, what the leading principal components of all say it looks like."""
-    sitk = simpleitk("motion correction")
-    aligned = np.stack(
-        [
-            from_itk(sitk.Resample(image, images[0], motion, sitk.sitkLinear, float("nan")))
-            for image, motion in zip(images, found, strict=True)
-        ]
-    )
-    known = np.isfinite(aligned)
-    mean = np.where(known, aligned, 0).sum(0) / np.maximum(known.sum(0), 1)
-    centred = np.where(known, aligned - mean, 0)
-    rows = centred[:, inside].astype(float)
-    weights, vectors = np.linalg.eigh(rows @ rows.T)
-    leading = vectors[:, np.argsort(weights)[::-1][:count]]
-    drawn = mean + np.tensordot(leading @ leading.T, centred, 1)
-    references = []
-    for values in drawn:
-        image = sitk.GetImageFromArray(values.astype(np.float32))
-        image.CopyInformation(images[0])
-        references.append(image)
-    return references
 
 
 def _angles(rotation: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: A rigid or affine ITK transform; the search gives back the kind it was given.
 Linear = TypeVar("Linear", "sitk.Euler3DTransform", "sitk.AffineTransform")
 
-__all__ = ["Correlation", "MutualInformation", "check_image", "check_overlap", "linear", "mask_image", "matrix_of"]
+__all__ = ["MutualInformation", "check_image", "check_overlap", "linear", "mask_image", "matrix_of"]
 
 #: Least share of the fixed image's voxels that must lie within the moving image.
 LEAST_OVERLAP = 0.25
@@ -47,23 +47,6 @@ class MutualInformation:
     def use(self, method: sitk.ImageRegistrationMethod) -> None:
         """Set the metric of a search."""
         method.SetMetricAsMattesMutualInformation(self.bins)
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """For images of the same contrast, up to gain and offset.
-
-    Parameters
-    ----------
-    samples
-        About how many voxels are looked at in each step; all where there are fewer.
-    """
-
-    samples: int = 30_000
-
-    def use(self, method: sitk.ImageRegistrationMethod) -> None:
-        """Set the metric of a search."""
-        method.SetMetricAsCorrelation()
 
 
 def check_image(values: np.ndarray, grid: Grid, mask: np.ndarray | None, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +119,7 @@ def check_overlap(fixed: Grid, inside: np.ndarray, moving: Grid, path: sitk.Tran
 
 
 def _method(
-    metric: MutualInformation | Correlation, shape: tuple[int, ...], shrink: list[int], seed: int
+    metric: MutualInformation, shape: tuple[int, ...], shrink: list[int], seed: int
 ) -> sitk.ImageRegistrationMethod:
     sitk = simpleitk("registration")
     method = sitk.ImageRegistrationMethod()
@@ -158,7 +141,7 @@ def linear(
     fixed_mask: sitk.Image,
     moving_mask: sitk.Image | None,
     start: Linear,
-    metric: MutualInformation | Correlation,
+    metric: MutualInformation,
     seed: int,
     levels: tuple[int, ...] = (4, 2, 1),
     iterations: int = 100,

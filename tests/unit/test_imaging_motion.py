@@ -92,6 +92,14 @@ def test_uptake_alone_is_no_motion() -> None:
     assert (found.series.data == series.data).all(axis=(1, 2, 3)).mean() > 0.5
 
 
+def test_a_patient_who_drifts_out_of_view() -> None:
+    """Of the last samples a sixth is not in the image; the rim must not draw the others to itself."""
+    shifts = np.linspace(0, 1, SAMPLES)[:, None] * [11.0, -7.0, 6.0]
+    found = correct_motion(dynamic(shifts, np.zeros((SAMPLES, 3))))
+    assert np.linalg.norm(found.shifts - shifts, axis=1).max() < 0.35
+    assert np.linalg.norm(found.angles, axis=1).max() < 0.6
+
+
 def test_series_that_cannot_be_corrected() -> None:
     shifts, angles = truth()
     series = dynamic(shifts, angles)
