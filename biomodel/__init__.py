@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from biomodel.calibration.population import learn_priors
     from biomodel.defaults import default_model
     from biomodel.domain import Domain
+    from biomodel.fenics.solver import FenicsSolver
     from biomodel.forecast import Forecast, forecast
     from biomodel.models import ReactionDiffusion
     from biomodel.parameters import Fixed, LogitNormal, LogNormal, Normal
@@ -31,6 +32,7 @@ __all__ = [
     "Combination",
     "Domain",
     "Exponential",
+    "FenicsSolver",
     "Fit",
     "Fixed",
     "Forecast",
@@ -69,6 +71,7 @@ _MODULES = {
     "calibration.population": ("learn_priors",),
     "defaults": ("default_model",),
     "domain": ("Domain",),
+    "fenics.solver": ("FenicsSolver",),
     "forecast": ("Forecast", "forecast"),
     "models": ("ReactionDiffusion",),
     "parameters": ("Fixed", "LogNormal", "LogitNormal", "Normal"),

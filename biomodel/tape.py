@@ -278,11 +278,12 @@ def gradient(tape: Tape, wrt: Sequence[str], output: int = 0) -> Tape:
         for i, part in zip(args, parts, strict=False):
             if part is not None and moving[i]:
                 pulled[i] = part() if i not in pulled else pulled[i] + part()
-    by_name: dict[str, Any] = {row[1]: pulled.get(i, 0.0) for i, row in enumerate(tape.rows[: last + 1]) if row[0] == "input"}
+    inputs = [(i, row[1]) for i, row in enumerate(tape.rows[: last + 1]) if row[0] == "input"]
+    by_name: dict[str, Any] = {name: pulled.get(i, 0.0) for i, name in inputs}
     return r.tape([values[last], *(by_name.get(name, 0.0) for name in wrt)])
 
 
-def _xlogx_slope(r: Recorder, g, u):
+def _xlogx_slope(r: Any, g, u):
     positive = u > 0
     safe = r.apply("where", positive, u, 1.0)
     return r.apply("where", positive, g * (r.apply("log", safe) + 1.0), 0.0)

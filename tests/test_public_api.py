@@ -21,7 +21,7 @@ NAMES = {
     # priors
     "Fixed", "LogNormal", "LogitNormal", "Normal",
     # numerics and inference
-    "Importance", "Laplace", "MAP", "TorchSolver",
+    "FenicsSolver", "Importance", "Laplace", "MAP", "TorchSolver",
     # verbs and their results
     "Fit", "Forecast", "Report", "Score", "calibrate", "compare", "default_model", "forecast", "learn_priors",
     "report", "score",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
+
+from biomodel.domain import Domain
 from biomodel.errors import SolverError
 from biomodel.models import ReactionDiffusion
 
@@ -26,3 +29,12 @@ def check_fields(model: ReactionDiffusion, available) -> None:
             f"{model.label}: needs the field {', '.join(missing)}, but the domain has "
             f"{', '.join(available) or 'none'}; add it to the domain's tissues or to the patient's visits."
         )
+
+
+def coordinate_fields(domain: Domain) -> dict[str, np.ndarray]:
+    """The place of each voxel's centre as fields ``x``, ``y`` and ``z`` (z, y, x), mm; every solver gives them.
+
+    They are `Domain.coords`: distances along the grid's own axes.
+    """
+    z, y, x = np.meshgrid(*(domain.coords[a] for a in "zyx"), indexing="ij")
+    return {"x": x, "y": y, "z": z}

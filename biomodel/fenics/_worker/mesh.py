@@ -1,0 +1,131 @@
+"""A mesh and its function space, with the numbering of whoever sent it.
+
+dolfinx numbers vertices, cells and degrees of freedom anew. Nodes are called here by the sender's numbers: vertices
+first, in the order of `points`, then, for degree 2, the midpoints of edges in the order of `edges`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from dolfinx import fem
+
+from . import shim
+
+#: Edges of the reference simplex as pairs of vertices, in the order of basix's degrees of freedom.
+EDGES = {1: [(0, 1)], 2: [(1, 2), (0, 2), (0, 1)], 3: [(2, 3), (1, 3), (1, 2), (0, 3), (0, 2), (0, 1)]}
+
+
+@contextmanager
+def compiling(comm) -> Iterator[None]:
+    """Hold the cache of compiled forms while something may be compiled.
+
+    FFCx takes a source file without its mark of completion for a compilation in progress and waits for it in vain
+    when that compiler was killed. The kernel drops this lock with the process that held it, so whoever has it may
+    remove such files.
+    """
+    if comm.rank:
+        yield
+        return
+    folder = os.path.join(os.environ["XDG_CACHE_HOME"], "fenics")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(os.environ["XDG_CACHE_HOME"], "in-use"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        names = set(os.listdir(folder))
+        for name in names:
+            if name.endswith(".c") and f"{name}.cached" not in names:
+                os.remove(os.path.join(folder, name))
+        yield
+
+
+class Space:
+    """Continuous piecewise polynomials on a mesh, and piecewise constants.
+
+    Parameters
+    ----------
+    comm : MPI communicator
+    points : ndarray, shape (n, d)
+    cells : ndarray of int64, shape (m, d + 1)
+    edges : ndarray of int64, shape (k, 2)
+        All edges, smaller vertex first, in lexicographic order; used for degree 2.
+    degree : int
+        1 or 2.
+    """
+
+    def __init__(self, comm, points: np.ndarray, cells: np.ndarray, edges: np.ndarray, degree: int):
+        self.comm, self.degree, self.dim = comm, degree, points.shape[1]
+        root = comm.rank == 0
+        with compiling(comm):
+            self.mesh = shim.create_mesh(comm, cells[: None if root else 0], points[: None if root else 0])
+            self.space = shim.function_space(self.mesh, ("Lagrange", degree))
+            self.constants = shim.function_space(self.mesh, ("DG", 0))
+        vertices = len(points)
+        self.count = vertices + (len(edges) if degree == 2 else 0)
+        corner = shim.table(self.mesh.geometry.dofmap, self.dim + 1)
+        corner = np.asarray(self.mesh.geometry.input_global_indices)[corner]
+        pairs = EDGES[self.dim]
+        dofs = shim.table(self.space.dofmap.list, self.dim + 1 + (len(pairs) if degree == 2 else 0))
+        local = self.space.dofmap.index_map.size_local + self.space.dofmap.index_map.num_ghosts
+        nodes = np.full(local, -1, np.int64)
+        nodes[dofs[:, : self.dim + 1]] = corner
+        if degree == 2:
+            keys = edges[:, 0] * vertices + edges[:, 1]
+            for k, (a, b) in enumerate(pairs):
+                low, high = np.minimum(corner[:, a], corner[:, b]), np.maximum(corner[:, a], corner[:, b])
+                nodes[dofs[:, self.dim + 1 + k]] = vertices + np.searchsorted(keys, low * vertices + high)
+        self.size = self.space.dofmap.index_map.size_local
+        #: Numbers of the nodes that this rank owns, in the order of its degrees of freedom.
+        self.nodes = nodes[: self.size]
+        cell_dofs = shim.table(self.constants.dofmap.list, 1)[:, 0]
+        original = np.asarray(self.mesh.topology.original_cell_index)
+        self.cell_of = np.zeros(len(cell_dofs), np.int64)
+        self.cell_of[cell_dofs] = original[: len(cell_dofs)]
+        self.cell_count = len(cells)
+        self.owned_cells = self.constants.dofmap.index_map.size_local
+
+    def take(self, values: np.ndarray) -> np.ndarray:
+        """This rank's part of nodal values (..., nodes), in the order of its degrees of freedom."""
+        return np.ascontiguousarray(values[..., self.nodes])
+
+    def collect(self, local: np.ndarray) -> np.ndarray | None:
+        """Nodal values (..., nodes) on rank 0 from every rank's part."""
+        return self._join(local, self.nodes, self.count)
+
+    def collect_cells(self, local: np.ndarray) -> np.ndarray | None:
+        """Cell values (cells,) on rank 0 from every rank's part."""
+        return self._join(local[: self.owned_cells], self.cell_of[: self.owned_cells], self.cell_count)
+
+    def _join(self, local, numbers, count):
+        if self.comm.size == 1:
+            found = np.empty((*local.shape[:-1], count))
+            found[..., numbers] = local
+            return found
+        parts = self.comm.gather((numbers, local))
+        if self.comm.rank:
+            return None
+        found = np.empty((*local.shape[:-1], count))
+        for where, values in parts:
+            found[..., where] = values
+        return found
+
+    def function(self, local: np.ndarray | None = None):
+        """A function of the space with the given degrees of freedom."""
+        f = fem.Function(self.space)
+        if local is not None:
+            self.assign(f, local)
+        return f
+
+    def assign(self, function, local: np.ndarray) -> None:
+        """Set a function's degrees of freedom on this rank, and those that other ranks see of them."""
+        function.x.array[: self.size] = local
+        function.x.scatter_forward()
+
+    def constant_function(self, values: np.ndarray):
+        """A piecewise constant function from cell values (cells,) in the sender's order."""
+        f = fem.Function(self.constants)
+        f.x.array[:] = values[self.cell_of]
+        return f
