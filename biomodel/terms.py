@@ -161,6 +161,8 @@ class Diffusion(Term):
 
     #: Name of the one parameter that is D itself where D is the same everywhere, else None.
     uniform: ClassVar[str | None] = None
+    #: Whether D is a symmetric tensor: the coefficient then has three rows of three entries over (x, y, z).
+    tensor: ClassVar[bool] = False
 
     def coefficient(self, u, p, c, ops) -> Operand:
         """Diffusivity D, mm²/day."""
@@ -219,6 +221,32 @@ class TissueDiffusion(Diffusion):
         mean = sum(p[f"D_{t}"] for t in self.tissues) / len(self.tissues)
         known = total > 1e-6
         return ops.where(known, weighted / ops.where(known, total, 1.0), mean)
+
+
+@dataclass(frozen=True)
+class TensorDiffusion(Diffusion):
+    """Diffusion with a preferred direction: D times a symmetric tensor field without unit, as along nerve fibres.
+
+    The fields are the tensor's entries along the grid's own axes, called ``tensor_xx``, ``tensor_yy``, ``tensor_zz``,
+    ``tensor_xy``, ``tensor_xz`` and ``tensor_yz``; of a diffusion tensor image usually divided by its mean diffusivity
+    (Jbabdi et al. 2005, Magn Reson Med 54:616, doi:10.1002/mrm.20625). Solved by `FenicsSolver`.
+    """
+
+    D: Prior = LogNormal(0.1, 0.5)
+    tensor = True
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return (Parameter("D", "mm^2/day", self.D, (1e-6, 20.0), JARRETT, "mean diffusivity of tumour cells"),)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(f"tensor_{pair}" for pair in ("xx", "yy", "zz", "xy", "xz", "yz"))
+
+    def coefficient(self, u, p, c, ops) -> Operand:
+        d = p["D"]
+        xy, xz, yz = d * c.tensor_xy, d * c.tensor_xz, d * c.tensor_yz
+        return ((d * c.tensor_xx, xy, xz), (xy, d * c.tensor_yy, yz), (xz, yz, d * c.tensor_zz))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ def check_term(term: Term, fields: dict[str, float] | None = None) -> None:
 
     if isinstance(term, Growth):
         require(both("rate", given)[0] == 0, "rate is not 0 where there are no cells.")
+    elif isinstance(term, Diffusion) and term.tensor:
+        entries = np.array(term.coefficient(None, values, Context(**given), NumpyOps), float)
+        require(entries.shape == (3, 3), f"the coefficient has shape {entries.shape}; expected three rows of three.")
+        require(bool(np.isfinite(entries).all()) and np.array_equal(entries, entries.T), "the tensor is not symmetric.")
+        require(bool(np.linalg.eigvalsh(entries)[0] >= -1e-12), "the diffusivity is negative along some direction.")
     elif isinstance(term, Diffusion):
         require(bool((both("coefficient", given) >= 0).all()), "the diffusivity is negative.")
     elif isinstance(term, Jump):

@@ -211,13 +211,17 @@ class Course:
         p = {k: _spread(v) for k, v in self.model.of(self.model.growth, values).items()}
         return self.model.growth.flow_coefficients(p, c, TorchOps)
 
-    def integrate(self, i: int, u: torch.Tensor, values: dict, maps: dict) -> torch.Tensor:
-        """Step i of growth and kill by classical Runge-Kutta, from breakpoint to breakpoint."""
+    def integrate(self, i: int, u: torch.Tensor, values: dict, maps: dict, fields: dict) -> torch.Tensor:
+        """Step i of growth and kill by classical Runge-Kutta, from breakpoint to breakpoint.
+
+        `maps` are the fields that scale drugs, `fields` those that the growth reads.
+        """
+        read = Context(**fields)
         growth, p = self.model.growth, {k: _spread(v) for k, v in self.model.of(self.model.growth, values).items()}
         kills = [(t, self.model.of(t, values)) for t in self.active if isinstance(t, Kill)]
         with torch.no_grad():
             probe = torch.tensor([0.01, 0.25, 0.5, 1.0], dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
-            fastest = float((growth.rate(probe, p, Context(), TorchOps) / probe).abs().max())
+            fastest = float((growth.rate(probe, p, read, TorchOps) / probe).abs().max())
         for m, rows in self._pieces(i):
             begin, length = torch.tensor(self.plan.start[:, m]), torch.tensor(self.plan.length[:, m]) * rows
             after = begin + 10 * RESOLUTION  # right after a dose or fraction at the piece's beginning
@@ -238,7 +242,7 @@ class Course:
 
             def slope(v, j, contexts=contexts):
                 loss = sum(self._hazard(t, own, v, c[j]) for (t, own), c in zip(kills, contexts, strict=True))
-                return (growth.rate(v, p, Context(), TorchOps) - loss * v).to(v.dtype)
+                return (growth.rate(v, p, read, TorchOps) - loss * v).to(v.dtype)
 
             h = _spread(length / count).to(u.dtype)
             for j in range(0, 2 * count, 2):

@@ -139,7 +139,8 @@ class Simulation(torch.nn.Module):
             local = {n: fit(t) for n, t in zip(names, leaves, strict=True)}
             maps = {n: fit(t) for n, t in self.maps.items()}
             if growth.flow is None:
-                return course.integrate(i, u, local, maps).to(u.dtype)
+                fields = {n: fit(getattr(self.context, n)) for n in growth.fields}
+                return course.integrate(i, u, local, maps, fields).to(u.dtype)
             a, b = course.field_coefficients(i, local, maps)
             return FLOWS[growth.flow](u, a.to(u.dtype), b.to(u.dtype))
 

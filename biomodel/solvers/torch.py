@@ -12,7 +12,7 @@ from biomodel.domain import Domain
 from biomodel.errors import SolverError
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
-from biomodel.solvers.base import check_fields
+from biomodel.solvers.base import check_fields, coordinate_fields
 from biomodel.solvers.simulation import Simulation
 
 
@@ -101,5 +101,14 @@ class TorchSolver:
             raise SolverError("the domains of a batch must share shape and spacing; simulate them one by one.")
         for s in schedules:
             model.check_schedule(s)
-        check_fields(model, {**domains[0].tissues, **(fields or {})})
-        return Simulation(self, model, domains, schedules, dict(fields or {}), starts)
+        if model.diffusion.tensor:
+            raise SolverError(
+                f"TorchSolver: {type(model.diffusion).__name__} has a diffusion tensor, which finite volumes do "
+                "not do; use FenicsSolver, or a scalar diffusion such as Isotropic()."
+            )
+        given = dict(fields or {})
+        for name, place in coordinate_fields(domains[0]).items():
+            if name in model.fields and name not in domains[0].tissues:
+                given.setdefault(name, place)
+        check_fields(model, {**domains[0].tissues, **given})
+        return Simulation(self, model, domains, schedules, given, starts)

@@ -10,12 +10,23 @@ import biomodel as bm
 from biomodel.errors import ModelError
 from biomodel.parameters import Fixed, JointPrior, LogitNormal, LogNormal, Normal, NumpyOps, Parameter, Prior
 from biomodel.schedule import Fraction, Schedule
-from biomodel.terms import Exponential, Gompertz, Growth, Isotropic, Logistic, NoDiffusion, NoGrowth, TissueDiffusion
+from biomodel.terms import (
+    Exponential,
+    Gompertz,
+    Growth,
+    Isotropic,
+    Logistic,
+    NoDiffusion,
+    NoGrowth,
+    TensorDiffusion,
+    TissueDiffusion,
+)  # fmt: skip
 from biomodel.testing import check_term
 from biomodel.treatments import Chemotherapy, Combination, Radiotherapy, Systemic
 
 TERMS = [
     Exponential(), Logistic(), Gompertz(), NoGrowth(), Isotropic(), NoDiffusion(), TissueDiffusion(),
+    TensorDiffusion(),
     Chemotherapy("paclitaxel"), Chemotherapy("paclitaxel", map="drug_map", resistant=LogitNormal(0.2, 1.0)),
     Combination(("paclitaxel", "doxorubicin")), Systemic(), Systemic(resistant=None), Radiotherapy(),
 ]  # fmt: skip
