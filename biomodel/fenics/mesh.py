@@ -137,22 +137,20 @@ class Mesh:
         """The maps between the mask's voxels and the nodes of a degree."""
         nodes, dim = self.cell_nodes(degree), len(self.axes)
         count, voxels = len(self.nodes(degree)), int(self.domain.mask.sum())
-        of_shape, by_coordinate, products = integrals(dim, degree)
+        of_shape, by_coordinate, _ = integrals(dim, degree)
         volume = self.volumes[:, None]
         voxel = np.broadcast_to(self.cell_voxel[:, None], nodes.shape)
         shape = (count, voxels)
-        load = _gather(volume * of_shape, nodes, voxel, shape)
+        load = gather(volume * of_shape, nodes, voxel, shape)
         size = np.prod([self.domain.spacing[2 - a] for a in self.axes])
         average = sparse.csr_array(load.T / size)
-        centres = _centres(self.domain, self.axes)[self.cell_voxel]
+        centres = mask_centres(self.domain, self.axes)[self.cell_voxel]
         for column, axis in enumerate(self.axes):
             offset = self.points[self.cells][:, :, column] - centres[:, None, column]
-            lever = _gather(volume * (offset @ by_coordinate.T), nodes, voxel, shape)
-            load = load + lever @ _slope(self.domain, 2 - axis)
-        n = nodes.shape[1]
-        rows, columns = np.repeat(nodes, n, 1), np.tile(nodes, (1, n))
-        mass = _gather(volume * products.reshape(1, -1), rows, columns, (count, count))
-        around = _gather(np.broadcast_to(volume, nodes.shape), nodes, voxel, shape)
+            lever = gather(volume * (offset @ by_coordinate.T), nodes, voxel, shape)
+            load = load + lever @ mask_slope(self.domain, 2 - axis)
+        mass = mass_matrix(self, degree)
+        around = gather(np.broadcast_to(volume, nodes.shape), nodes, voxel, shape)
         nodal = sparse.diags_array(1 / around.sum(1)) @ around
         cellwise = sparse.csr_array(
             (np.ones(len(self.cells)), (np.arange(len(self.cells)), self.cell_voxel)), (len(self.cells), voxels)
@@ -280,18 +278,28 @@ def _components(corners: list[tuple[int, ...]]) -> np.ndarray:
     return labels
 
 
-def _gather(values, rows, columns, shape) -> sparse.csr_array:
+def mass_matrix(mesh: Mesh, degree: int) -> sparse.csr_array:
+    """Integrals of products of two shape functions (nodes, nodes)."""
+    nodes, count = mesh.cell_nodes(degree), len(mesh.nodes(degree))
+    products = integrals(len(mesh.axes), degree)[2]
+    n = nodes.shape[1]
+    rows, columns = np.repeat(nodes, n, 1), np.tile(nodes, (1, n))
+    return gather(mesh.volumes[:, None] * products.reshape(1, -1), rows, columns, (count, count))
+
+
+def gather(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    """A sparse matrix from entries, those at one place summed."""
     values = np.broadcast_to(values, rows.shape)
     return sparse.csr_array(sparse.coo_array((values.ravel(), (rows.ravel(), columns.ravel())), shape))
 
 
-def _centres(domain: Domain, axes) -> np.ndarray:
+def mask_centres(domain: Domain, axes: tuple[int, ...]) -> np.ndarray:
     """Centres of the mask's voxels (voxels, d)."""
     index = np.argwhere(domain.mask)
     return np.stack([domain.coords["xyz"[a]][index[:, 2 - a]] for a in axes], 1)
 
 
-def _slope(domain: Domain, axis: int) -> sparse.csr_array:
+def mask_slope(domain: Domain, axis: int) -> sparse.csr_array:
     """Slope along an axis of the array in each of the mask's voxels: central, or one-sided at the mask's edge."""
     mask, step = domain.mask, domain.spacing[axis]
     number = np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, -1)
