@@ -422,8 +422,11 @@ class Evolution:
 
     # The run linearised in its state, about a stored trajectory ----------------------------------------------------
 
-    def trajectory(self, u0) -> tuple[list, list]:
-        """Outputs, and the slope of every reaction: what `push` and `pull` need (the reaction acts on each voxel)."""
+    def trajectory(self, u0, rates: list | None = None) -> tuple[list, list]:
+        """Outputs, and the slope of every reaction: what `push` and `pull` need (the reaction acts on each voxel).
+
+        Where a list is given, the reactions' slopes by a rate field are put into it.
+        """
         u = self._copy(u0)
         outputs: list = [None] * len(self.plan.outputs)
         for k in self.initial_outputs:
@@ -433,6 +436,8 @@ class Evolution:
             v = self._before_reaction(op, u)
             if op.reaction >= 0:
                 slopes.append(self.reaction.slope(op.reaction, v))
+                if rates is not None:
+                    rates.append(self.reaction.rate_slope(op.reaction, v))
                 self.reaction.apply(op.reaction, v, u)
             elif v is not u:
                 u[...] = v
@@ -440,8 +445,11 @@ class Evolution:
                 outputs[op.output] = self._copy(u)
         return self._fill(outputs), slopes
 
-    def push(self, slopes: list, tan) -> list:
-        """Tangents (directions, batch, ...) of the outputs for tangents of the initial state; overwrites `tan`."""
+    def push(self, slopes: list, tan, rates: list | None = None, change=None) -> list:
+        """Tangents (directions, batch, ...) of the outputs for tangents of the initial state; overwrites `tan`.
+
+        With `rates` from `trajectory`, also for a change (directions, 1, ...) of the rate field.
+        """
         directions, shape = tan.shape[0], tan.shape
         flat = tan.reshape(directions * self.batch, *tan.shape[2:])
         moved: list = [None] * len(self.plan.outputs)
@@ -454,12 +462,17 @@ class Evolution:
                 tan = flat.reshape(shape)
             if op.reaction >= 0:
                 tan *= slopes[op.reaction]
+                if rates is not None:
+                    tan += rates[op.reaction] * change
             if op.output >= 0:
                 moved[op.output] = self._copy(tan)
         return [moved[self.repeated[k]] if m is None else m for k, m in enumerate(moved)]
 
-    def pull(self, slopes: list, cotangents: list) -> Array:
-        """Transpose of `push`: cotangents (directions, batch, ...) of the outputs to the initial state."""
+    def pull(self, slopes: list, cotangents: list, rates: list | None = None, change=None) -> Array:
+        """Transpose of `push`: cotangents (directions, batch, ...) of the outputs to the initial state.
+
+        With `rates`, what goes to the rate field is added to `change` (directions, batch, ...).
+        """
         lam = self._copy(cotangents[0])
         lam[...] = 0
         directions, shape = lam.shape[0], lam.shape
@@ -471,6 +484,8 @@ class Evolution:
             for cotangent in by_output.get(op.output, ()) if op.output >= 0 else ():
                 lam += cotangent
             if op.reaction >= 0:
+                if rates is not None:
+                    change += lam * rates[op.reaction]
                 lam *= slopes[op.reaction]  # its own transpose
             if op.rkc:
                 ring = self._buffers(flat, 4, "tangent ring")

@@ -18,6 +18,7 @@ from biomodel.solvers.grids import coarsen, face_conductances, spectral_radius, 
 from biomodel.solvers.kernels import NumbaKernels, TorchKernels
 from biomodel.solvers.plan import TimePlan, breakpoints, make_plan
 from biomodel.solvers.reaction import FLOWS, Course, TorchOps
+from biomodel.solvers.tabulated import RateRange, TabulatedReaction
 from biomodel.terms import Flow
 from biomodel.treatments import Kill
 
@@ -115,9 +116,12 @@ class Simulation(torch.nn.Module):
             arrays, radius = self._unit_faces()
             radius *= float(scale.detach().max())
         function = self._reaction(values, plan)
+        reaction: ClosedReaction | PointwiseReaction | TabulatedReaction
         if self._closed(values) and self.model.growth.flow is Flow.BERNOULLI:
             a, b = (c.detach().to(device) for c in leaves)
-            reaction: ClosedReaction | PointwiseReaction = ClosedReaction(self.kernels, a, b, dtype)
+            reaction = ClosedReaction(self.kernels, a, b, dtype)
+        elif self._tabulated(values):
+            reaction = TabulatedReaction(self.kernels, leaves, RateRange(leaves[0]))
         else:
             reaction = PointwiseReaction(self.kernels, function, leaves)
         evolution = Evolution(self.kernels, plan, reaction, arrays, scale.detach(), radius)
@@ -171,6 +175,15 @@ class Simulation(torch.nn.Module):
         if self._closed(values):
             course = Course(self.model, self.schedules, plan)
             return [c.expand(batch, plan.steps) for c in course.coefficients(values)], scale, faces or []
+        if self._tabulated(values):
+            rate = torch.nn.functional.pad(values[self._rate], (1,) * 6)
+            nodes = RateRange(rate).nodes
+            # All nodes for each of the batch, one after the other.
+            rows = max(v.shape[0] for n, v in values.items() if n in self._reacting(values) and n != self._rate)
+            many = {n: v.expand(rows).repeat_interleave(len(nodes)) if n != self._rate else nodes.repeat(rows)
+                    for n, v in values.items() if n in self._reacting(values)}  # fmt: skip
+            tables = Course(self.model, self.schedules, plan).coefficients(many)
+            return [rate, *(t.reshape(rows, len(nodes), plan.steps) for t in tables)], scale, faces or []
         return [values[n] for n in self._reacting(values)], scale, faces or []
 
     @staticmethod
@@ -183,6 +196,23 @@ class Simulation(torch.nn.Module):
             self.model.growth.flow is not None
             and not self.maps
             and all(values[n].ndim == 1 for n in self._reacting(values))
+        )
+
+    @property
+    def _rate(self) -> str:
+        """Name of the growth law's one parameter, or nothing where it has more."""
+        names = [p.name for p in self.model.growth.parameters]
+        return f"growth.{names[0]}" if len(names) == 1 else ""
+
+    def _tabulated(self, values: dict) -> bool:
+        """Whether the reaction is a Bernoulli flow that differs by place in its growth rate alone."""
+        return (
+            self.model.growth.flow is Flow.BERNOULLI
+            and self.diffuses
+            and self.rows == 1
+            and not self.maps
+            and not self.model.growth.fields
+            and [n for n in self._reacting(values) if values[n].ndim > 1] == [self._rate]
         )
 
     def _arrays(self, faces):
@@ -477,22 +507,33 @@ class Simulation(torch.nn.Module):
             return torch.cat(outputs, -1), torch.cat(tangents, -1)
         return self._unbox(torch.stack(outputs, 1)), self._unbox(torch.stack(tangents, 2))
 
-    def linearise(self, params: Mapping, u0, times, plan: TimePlan | None = None) -> Linearisation:
-        """The run's outputs with its derivative by the initial state, for many products at little cost."""
+    def linearise(
+        self, params: Mapping, u0, times, plan: TimePlan | None = None, rate: bool = False
+    ) -> Linearisation:
+        """The run's outputs with its derivative by the initial state, for many products at little cost.
+
+        With `rate` also by the growth rate, which then has to be a field (z, y, x) among `params`.
+        """
         values = {k: v.detach() for k, v in self._values(params).items()}
+        if rate and not self._tabulated(values):
+            raise SolverError(
+                "linearise: the derivative by a rate field needs a growth law with a Bernoulli flow and one parameter, "
+                "given as a field (z, y, x), with treatments that act alike everywhere, and diffusion."
+            )
         u0 = self._state(u0).detach()
         batch = self._batch(values, u0)
         plan = self.plan(params, self._unbox(u0), times) if plan is None else plan
         evolution = self._prepare(values, batch, plan).evolution
-        outputs, slopes = evolution.trajectory(self.kernels.array(self._pad(u0, batch)))
-        return Linearisation(self, evolution, outputs, slopes)
+        rates: list | None = [] if rate else None
+        outputs, slopes = evolution.trajectory(self.kernels.array(self._pad(u0, batch)), rates)
+        return Linearisation(self, evolution, outputs, slopes, rates)
 
 
 class Linearisation:
-    """The derivative J of the outputs by the initial state, as a linear map and its transpose."""
+    """The derivative J of the outputs by the initial state and a rate field, as a linear map and its transpose."""
 
-    def __init__(self, simulation: Simulation, evolution: Evolution, outputs, slopes):
-        self.simulation, self.evolution, self.slopes = simulation, evolution, slopes
+    def __init__(self, simulation: Simulation, evolution: Evolution, outputs, slopes, rates: list | None = None):
+        self.simulation, self.evolution, self.slopes, self.rates = simulation, evolution, slopes, rates
         self.outputs = simulation._unbox(torch.stack([torch.as_tensor(o) for o in outputs], 1)[..., 1:-1, 1:-1, 1:-1])
 
     def _in(self, x: torch.Tensor):
@@ -500,16 +541,29 @@ class Linearisation:
         x = torch.where(s.mask, torch.as_tensor(x)[s._boxed].to(s.device), 0.0).to(s.solver.dtype)
         return s.kernels.array(torch.nn.functional.pad(x, (1,) * 6).contiguous())
 
-    def push(self, du0: torch.Tensor) -> torch.Tensor:
-        """J du0: (directions, batch, z, y, x) to (directions, batch, T, z, y, x)."""
-        moved = self.evolution.push(self.slopes, self._in(du0))
+    def _out(self, x) -> torch.Tensor:
+        s = self.simulation
+        return s._unbox(torch.where(s.mask, torch.as_tensor(x)[..., 1:-1, 1:-1, 1:-1], 0.0))
+
+    def push(self, du0: torch.Tensor, rate: torch.Tensor | None = None) -> torch.Tensor:
+        """J (du0, rate): each (directions, batch, z, y, x), to (directions, batch, T, z, y, x)."""
+        if rate is None:
+            moved = self.evolution.push(self.slopes, self._in(du0))
+        else:
+            moved = self.evolution.push(self.slopes, self._in(du0), self.rates, self._in(rate))
         return self.simulation._unbox(torch.stack([torch.as_tensor(m) for m in moved], 2)[..., 1:-1, 1:-1, 1:-1])
 
     def pull(self, cotangents: torch.Tensor) -> torch.Tensor:
-        """Transpose of J: (directions, batch, T, z, y, x) to (directions, batch, z, y, x)."""
+        """Transpose of J: (directions, batch, T, z, y, x) to the initial state, (directions, batch, z, y, x)."""
         parts = [self._in(cotangents[:, :, t]) for t in range(cotangents.shape[2])]
-        lam = torch.as_tensor(self.evolution.pull(self.slopes, parts))[..., 1:-1, 1:-1, 1:-1]
-        return self.simulation._unbox(torch.where(self.simulation.mask, lam, 0.0))
+        return self._out(self.evolution.pull(self.slopes, parts))
+
+    def pull_rate(self, cotangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transpose of J: to the initial state and to the rate field, each (directions, batch, z, y, x)."""
+        parts = [self._in(cotangents[:, :, t]) for t in range(cotangents.shape[2])]
+        change = self.simulation.kernels.array(torch.zeros_like(torch.as_tensor(parts[0])))
+        initial = self.evolution.pull(self.slopes, parts, self.rates, change)
+        return self._out(initial), self._out(change)
 
 
 class _Evolve(torch.autograd.Function):
