@@ -15,6 +15,7 @@ from biomodel.domain import Domain
 from biomodel.errors import InputError, TumorcastError
 from biomodel.files import atomic_folder
 from biomodel.imaging.nifti import Image, read_image, write_image
+from biomodel.imaging.series_train import Train, TrainTiming
 from biomodel.manifest import find_manifest, load_outcome, load_patient, validate
 from biomodel.patient import Patient
 from biomodel.schedule import Dose, Fraction, Ongoing, Schedule
@@ -22,6 +23,7 @@ from biomodel.schema import (
     Acquisition,
     Cellularity,
     Clinical,
+    InversionTrain,
     Map,
     Outcome,
     PatientManifest,
@@ -156,6 +158,23 @@ def cellularity_settings(record: Cellularity | None, name: str) -> CellularitySe
         )
     except InputError as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def train_timing(record: InversionTrain | None, where: str) -> TrainTiming | None:
+    """Return the timing of inversion-prepared series in internal units."""
+    if record is None:
+        return None
+    where = f"{where}, inversion_train"
+    times = {
+        name: None if value is None else _quantity(value, "s", f"{where}, {name}")
+        for name, value in (("cycle", record.cycle), ("delay", record.delay))
+    }
+    spacing = _quantity(record.spacing, "s", f"{where}, spacing")
+    try:
+        train = Train(record.pulses, spacing, record.centre)
+        return TrainTiming(train, times["cycle"], times["delay"], record.inversion_time_to == "first pulse")
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def volume_settings(record: Volumes | None, name: str) -> VolumeSettings | None:

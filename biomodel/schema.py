@@ -250,6 +250,23 @@ class PatientManifest(Strict):
     """Remarks to be shown with results."""
 
 
+class InversionTrain(Strict):
+    """Pulses that read inversion-prepared images for T1; what headers leave out, and DICOM has no attribute for."""
+
+    pulses: Annotated[int, Field(ge=1, le=10_000)]
+    """Pulses after each inversion."""
+    spacing: Quantity
+    """Time from pulse to pulse."""
+    centre: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Part of the train before the pulse that reads the centre of k-space; 0.5 in linear order, 0 where it is first."""
+    cycle: Quantity | None = None
+    """Time from inversion to inversion. Give either this or the delay."""
+    delay: Quantity | None = None
+    """Time from the end of the train to the next inversion."""
+    inversion_time_to: Literal["centre", "first pulse"] = "centre"
+    """Which pulse the headers' inversion times end at: that of the centre of k-space (DICOM, BIDS), or the first."""
+
+
 class StudyVisit(Timed):
     """Raw series of one day."""
 
@@ -257,6 +274,8 @@ class StudyVisit(Timed):
     """Folder of BIDS or DICOM series, relative to study.json."""
     haematocrit: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Fraction, as measured; 0.42 where it was not."""
+    inversion_train: InversionTrain | None = None
+    """Of the visit's inversion-prepared series, where sidecars do not say it."""
 
 
 class StudyManifest(Strict):

@@ -4,7 +4,9 @@ What BIDS fixes: ``_dwi`` with ``.bval`` and ``.bvec``; ``_VFA``, one file per `
 ``inv-``; ``_TB1map``; ``_T1w``, ``_T2w`` and other anatomy. It has no name for dynamic contrast-enhanced series;
 ``_DCE`` is what tools use, and is read whatever its case. Of the two repetition times, ``RepetitionTimeExcitation`` is
 the one that signal equations mean; converters write it as ``RepetitionTime``, which elsewhere is the time between
-volumes.
+volumes. ``_IRT1`` is read by one pulse, or by a train where ``NumberShots`` says so (a number, or [before, after] the
+centre of k-space, as for MP2RAGE): then ``RepetitionTimeExcitation`` is from pulse to pulse and
+``RepetitionTimePreparation`` from inversion to inversion.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from biomodel.imaging.deidentify import (
 from biomodel.imaging.nifti import UNREADABLE, length_units, open_nifti
 from biomodel.imaging.series import Intake, Kind, Series, join
 from biomodel.imaging.series_grid import Axis, canonical_array, canonical_axis
+from biomodel.imaging.series_train import Train
 from biomodel.units import factor
 
 __all__ = ["read_bids", "read_series"]
@@ -246,7 +249,9 @@ def _read_file(
         b_values=b_values,
         directions=directions,
         flip_angles=flips if flips is None or flips.size > 1 else flips[0],
-        inversion_times=_inversion(fields, samples, where),
+        inversion_times=_inversion(fields, "InversionTime", samples, where),
+        cycles=_inversion(fields, "RepetitionTimePreparation", samples, where) if kind is Kind.INVERSION else None,
+        train=_train(fields, where) if kind is Kind.INVERSION else None,
         tr=_repetition(fields, times, kind, where),
         te=_number(fields, "EchoTime", where),
         field_strength=_number(fields, "MagneticFieldStrength", where),
@@ -316,9 +321,31 @@ def _numbers(fields: Mapping[str, Any], name: str, where: str) -> np.ndarray | N
     return np.array(values, float)
 
 
-def _inversion(fields: Mapping[str, Any], samples: int, where: str) -> np.ndarray | None:
-    values = _numbers(fields, "InversionTime", where)
-    return values if values is None or values.size == samples else np.broadcast_to(values[:1], (samples,))
+def _inversion(fields: Mapping[str, Any], name: str, samples: int, where: str) -> np.ndarray | None:
+    values = _numbers(fields, name, where)
+    return values if values is None or values.size != 1 else np.broadcast_to(values, (samples,))
+
+
+def _train(fields: Mapping[str, Any], where: str) -> Train | None:
+    shots = _numbers(fields, "NumberShots", where)
+    if shots is None:
+        return None
+    spacing = _number(fields, "RepetitionTimeExcitation", where)
+    if spacing is None:
+        raise InputError(
+            f"{where}: NumberShots without RepetitionTimeExcitation; expected the time from pulse to pulse, s. Give it "
+            "in the sidecar."
+        )
+    if shots.size > 2 or not (shots >= 0).all() or not shots.sum() >= 1 or (shots % 1 != 0).any():
+        raise InputError(
+            f"{where}: NumberShots {shots.tolist()}; expected the number of pulses after each inversion, or two "
+            "numbers, before and from the centre of k-space on. Correct the sidecar."
+        )
+    total = int(shots.sum())
+    try:
+        return Train(total, spacing, float(shots[0]) / total if shots.size == 2 else 0.5)
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _repetition(fields: Mapping[str, Any], times: np.ndarray | None, kind: Kind, where: str) -> float | None:

@@ -109,6 +109,13 @@ def _fields(series: Series, samples: slice) -> dict[str, object]:
     if series.inversion_times is not None:
         part = series.inversion_times[samples]
         fields["InversionTime"] = float(part[0]) if np.ptp(part) == 0 else part.tolist()
+    if series.cycles is not None:
+        part = series.cycles[samples]
+        fields["RepetitionTimePreparation"] = float(part[0]) if np.ptp(part) == 0 else part.tolist()
+    if series.train is not None:
+        before = round(series.train.centre * series.train.pulses)
+        fields["RepetitionTimeExcitation"] = series.train.spacing
+        fields["NumberShots"] = [before, series.train.pulses - before]
     if series.times is not None and series.kind is Kind.DCE:
         fields["VolumeTiming"] = series.times.tolist()
     if series.contrast_agent:

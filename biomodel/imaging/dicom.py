@@ -343,6 +343,7 @@ def _join(scans: list[_Scan], findings: list[Finding]) -> list[_Scan]:
 def _alike(one: _Scan, two: _Scan) -> bool:
     a, b = one.series, two.series
     same = one.day == two.day and a.grid.same_as(b.grid) and a.vendor == b.vendor and a.sequence == b.sequence
+    same = same and (a.inversion_times is None) == (b.inversion_times is None)
     assert a.tr and a.te and b.tr and b.te
     return same and abs(a.tr / b.tr - 1) < 1e-3 and abs(a.te / b.te - 1) < 1e-2
 

@@ -34,6 +34,16 @@ class Solved:
     converged: Tensor
     at_bound: Tensor
 
+    def better(self, other: Solved) -> Solved:
+        """Return of each problem the search that ended lower; of equal ones this."""
+        other_wins = other.rss < self.rss * (1 - 1e-6)
+
+        def chosen(name: str) -> Tensor:
+            one, two = getattr(self, name), getattr(other, name)
+            return torch.where(other_wins.reshape(-1, *[1] * (one.ndim - 1)), two, one)
+
+        return Solved(chosen("values"), chosen("normal"), chosen("rss"), chosen("converged"), chosen("at_bound"))
+
 
 def forward_derivative(function: Callable[[Tensor], Tensor], point: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
     """Value of a function and its derivative along a direction."""

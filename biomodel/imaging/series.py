@@ -16,6 +16,7 @@ from biomodel.errors import GeometryError, InputError, UnitError
 from biomodel.findings import Finding
 from biomodel.frozen import frozen_array
 from biomodel.imaging.series_grid import Axis, Grid
+from biomodel.imaging.series_train import Train
 
 __all__ = ["Grid", "Intake", "Kind", "Series", "join"]
 
@@ -92,7 +93,11 @@ class Series:
     flip_angles
         (n,), degrees; one number where they are all the same.
     inversion_times
-        (n,), s.
+        (n,), s; to the pulse that reads the centre of k-space, as DICOM and BIDS define them.
+    cycles
+        (n,), s; from inversion to inversion.
+    train
+        Pulses that read after each inversion; None where one pulse does.
     tr, te
         Time between excitations and echo time, s.
     field_strength
@@ -130,6 +135,8 @@ class Series:
     directions: np.ndarray | None = None
     flip_angles: np.ndarray | None = None
     inversion_times: np.ndarray | None = None
+    cycles: np.ndarray | None = None
+    train: Train | None = None
     tr: float | None = None
     te: float | None = None
     field_strength: float | None = None
@@ -150,6 +157,7 @@ class Series:
             ("b_values", "s/mm²"),
             ("flip_angles", "degrees"),
             ("inversion_times", "s"),
+            ("cycles", "s"),
         ):
             _set(self, field, _per_sample(getattr(self, field), self.samples, f"{self.name}: {field}", units))
         if self.ceiling is not None:
@@ -189,6 +197,11 @@ class Series:
                 raise InputError(f"{self.name}: inversion time {low:g} s; expected 0 or more.")
             if high > LONGEST_TI:
                 raise UnitError(f"{self.name}: inversion time {high:g}; expected s. Convert ms to s.")
+        if self.cycles is not None and not (0 < self.cycles.min() and self.cycles.max() <= LONGEST_TR):
+            raise UnitError(
+                f"{self.name}: {self.cycles.min():g} to {self.cycles.max():g} from inversion to inversion; expected s, "
+                f"above 0 and at most {LONGEST_TR:g}. Convert ms to s."
+            )
         if self.field_strength is not None:
             field = float(self.field_strength)
             if not FIELD_RANGE[0] <= field <= FIELD_RANGE[1]:
@@ -384,6 +397,12 @@ def join(parts: Sequence[Series], kind: Kind, times: np.ndarray | None = None, n
                     f"same in all samples of a {kind.title}. Leave one out."
                 )
 
+    if any(part.train != first.train for part in parts):
+        raise InputError(
+            f"{name}: trains of pulses differ ({', '.join(dict.fromkeys(str(part.train) for part in parts))}); "
+            "expected one for all inversion times. Leave one out."
+        )
+
     def together(field: str) -> np.ndarray | None:
         values = [getattr(part, field) for part in parts]
         return None if any(value is None for value in values) else np.concatenate(values)
@@ -397,6 +416,7 @@ def join(parts: Sequence[Series], kind: Kind, times: np.ndarray | None = None, n
         directions=together("directions"),
         flip_angles=together("flip_angles"),
         inversion_times=together("inversion_times"),
+        cycles=together("cycles"),
         ceiling=together("ceiling"),
         contrast_agent=next((part.contrast_agent for part in parts if part.contrast_agent), None),
         name=name,

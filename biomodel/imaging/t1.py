@@ -33,6 +33,10 @@ __all__ = [
 
 #: Bounds of R1, 1/s: T1 from 10 ms (dense contrast agent) to 20 s.
 R1_BOUNDS = (0.05, 100.0)
+#: Values of R1 that a search may start from; magnitudes after an inversion have several minima.
+COARSE_STARTS, FINE_STARTS = 33, 97
+#: By what factor R1 is moved to look beyond the next fold of such a magnitude.
+ACROSS = 1.15
 #: Bounds of the flip-angle factor where it is fitted.
 B1_BOUNDS = (0.3, 2.0)
 
@@ -274,10 +278,16 @@ def fit_t1(
             angle = theta[:, 2] if fit_b1 else given[rows]
             return torch.stack([a.signal(theta[:, 0], theta[:, 1], angle) for a in acquisitions], 1)
 
-        start = _start(model, y, fit_b1)
+        folded = any(not isinstance(a, SpoiledGradientEcho) for a in acquisitions)
+        start = _start(model, y, fit_b1, FINE_STARTS if folded and not fit_b1 else COARSE_STARTS)
         lower = torch.tensor([R1_BOUNDS[0], 0.0, B1_BOUNDS[0]][:p], dtype=torch.float64)
         upper = torch.tensor([R1_BOUNDS[1], 1e9, B1_BOUNDS[1]][:p], dtype=torch.float64)
         found = levenberg_marquardt(model, y, start, lower, upper)
+        # A magnitude folds where a sample passes through zero, and on either side of the fold there may be a minimum.
+        for way in (ACROSS, 1 / ACROSS) if folded else ():
+            beyond = start.clone()
+            beyond[:, 0] = found.values[:, 0] * way
+            found = found.better(levenberg_marquardt(model, y, torch.clamp(beyond, lower, upper), lower, upper))
         rate, scale = found.values[:, 0].numpy(), size[:, 0].numpy()
         theta = found.values.numpy().copy()
         theta[:, 0], theta[:, 1] = 1 / rate, theta[:, 1] * scale
@@ -293,14 +303,14 @@ def fit_t1(
     return _spread(names, units, values, normal, rss, code, len(acquisitions), noise)
 
 
-def _start(model: Callable[[Tensor, Tensor], Tensor], data: Tensor, fit_b1: bool) -> Tensor:
+def _start(model: Callable[[Tensor, Tensor], Tensor], data: Tensor, fit_b1: bool, count: int) -> Tensor:
     """Best of a grid of R1 (and B1), each with its best S0."""
     v = len(data)
     rows = torch.arange(v)
     gain = torch.full((v,), -1.0, dtype=data.dtype)
     best = torch.ones(v, 3 if fit_b1 else 2, dtype=data.dtype)
     for factor in np.linspace(0.6, 1.4, 9) if fit_b1 else (1.0,):
-        for rate in np.geomspace(0.1, 60, 33):
+        for rate in np.geomspace(0.1, 60, count):
             theta = torch.tensor([rate, 1.0, factor][: best.shape[1]], dtype=data.dtype).expand(v, -1)
             curve = model(theta, rows)
             along, length = (curve * data).sum(1), curve.square().sum(1).clamp(min=1e-30)

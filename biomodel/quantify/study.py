@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from biomodel.errors import InputError
 from biomodel.frozen import FrozenDict
 from biomodel.imaging.bids import read_bids
 from biomodel.imaging.dicom import read_dicom
-from biomodel.imaging.series import Intake
+from biomodel.imaging.series import Intake, Kind
+from biomodel.imaging.series_train import TrainTiming
 from biomodel.manifest import find_manifest, load_json, validate
-from biomodel.records import baseline_of, cellularity_settings, read_schedule, visit_days
+from biomodel.records import baseline_of, cellularity_settings, read_schedule, train_timing, visit_days
 from biomodel.schedule import Schedule
 from biomodel.schema import StudyManifest
 from biomodel.visit import CellularitySettings
@@ -37,12 +38,15 @@ class StudyVisit:
         Of BIDS or DICOM series.
     haematocrit
         As measured, a fraction; None where it was not.
+    train
+        How inversion-prepared series were read, where their sidecars do not say it.
     """
 
     number: int
     day: float
     folder: Path
     haematocrit: float | None = None
+    train: TrainTiming | None = None
 
     def read(self) -> Intake:
         """Read the series: BIDS where there are NIfTI files, DICOM otherwise (and a B1 map beside it).
@@ -50,10 +54,27 @@ class StudyVisit:
         Raises
         ------
         InputError
-            If the folder does not exist or holds no images.
+            If the folder does not exist or holds no images, or a train is given and no series that it could be of.
         """
         if not self.folder.is_dir():
             raise InputError(f"visit {self.number}: there is no folder '{self.folder.name}'. Correct 'folder'.")
+        found = self._series()
+        timing = self.train
+        if timing is None:
+            return found
+        if not found.of(Kind.INVERSION):
+            raise InputError(
+                f"visit {self.number}: inversion_train in study.json, but no inversion-prepared series in "
+                f"'{self.folder.name}'; expected one (BIDS _IRT1, or DICOM with two or more inversion times). Add it, "
+                "or leave inversion_train out."
+            )
+        try:
+            series = tuple(timing.of(one) if one.kind is Kind.INVERSION else one for one in found.series)
+        except InputError as error:
+            raise type(error)(f"visit {self.number}, inversion_train: {error}") from None
+        return replace(found, series=series)
+
+    def _series(self) -> Intake:
         nifti = any(self.folder.rglob("*.nii")) or any(self.folder.rglob("*.nii.gz"))
         intake = read_bids(self.folder, first_visit=_ANY_DAY) if nifti else Intake(())
         if intake.series and any(series.samples > 1 for series in intake.series):
@@ -117,9 +138,12 @@ class Study:
             id=manifest.id,
             organ=manifest.organ,
             visits=tuple(
-                StudyVisit(number, day, found.parent / visit.folder, visit.haematocrit)
+                StudyVisit(
+                    number, day, found.parent / visit.folder, visit.haematocrit,
+                    train_timing(visit.inversion_train, f"{name}: visit {number}"),
+                )
                 for number, (visit, day) in enumerate(zip(manifest.visits, days, strict=True), start=1)
-            ),
+            ),  # fmt: skip
             cellularity=settings,
             schedule=read_schedule(manifest, name),
             clinical={} if manifest.clinical is None else manifest.clinical.model_dump(exclude_none=True),

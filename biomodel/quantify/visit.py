@@ -32,10 +32,11 @@ from biomodel.imaging.registration import Rigid
 from biomodel.imaging.series import Intake, Kind, Series
 from biomodel.imaging.series_quality import check_intake
 from biomodel.imaging.series_signal import body
-from biomodel.imaging.t1 import InversionRecovery, SpoiledGradientEcho, fit_t1
+from biomodel.imaging.t1 import SpoiledGradientEcho
 from biomodel.imaging.voxelfit import Code, VoxelFit
 from biomodel.quantify.maps import Curve, Map, VisitMaps
 from biomodel.quantify.study import StudyVisit
+from biomodel.quantify.t1_map import t1_map
 
 __all__ = ["Settings", "measure"]
 
@@ -217,25 +218,15 @@ class _Measurement:
         if maps:
             b1 = np.asarray(resample(np.asarray(maps[0].data[0], float), maps[0].grid, self.grid))
             self._plain("B1", "1", b1, f"measured, {maps[0].name}")
-        self.b1 = None if b1 is None else np.where(np.isfinite(b1), b1, 1.0)
-        parts: list[Series] = [self._here(s) for kind in (Kind.VFA, Kind.INVERSION) for s in self.intake.of(kind)]
+        parts = [self._here(s) for kind in (Kind.VFA, Kind.INVERSION) for s in self.intake.of(kind)]
         if not parts:
             self.intake.one(Kind.VFA)  # says what is missing and why
-        acquisitions: list[SpoiledGradientEcho | InversionRecovery] = []
-        for series in parts:
-            if series.kind is Kind.VFA:
-                assert series.flip_angles is not None and series.tr is not None
-                acquisitions += [SpoiledGradientEcho(float(a), series.tr, series.te) for a in series.flip_angles]
-            else:
-                assert series.inversion_times is not None
-                acquisitions += [InversionRecovery(float(t), series.tr) for t in series.inversion_times]
-        signal = np.concatenate([s.signal(self.inside) for s in parts], 1)
-        factor = None if self.b1 is None else self.b1[self.inside]
-        fit = fit_t1(signal, acquisitions, b1=factor)
-        names = " and ".join(s.kind.title for s in parts)
-        self._spread("T1", "s", fit, self.inside, f"nonlinear least squares, {names}" + (", B1" if maps else ""))
-        if not maps:
-            self.notes.append("No B1 map: flip angles are taken as nominal, so T1 and concentrations may be off by it.")
+        found = t1_map(parts, self.inside, b1)
+        self.b1 = found.b1
+        self._spread("T1", "s", found.fit, self.inside, found.method)
+        if found.fitted and found.b1 is not None:
+            self._plain("B1", "1", np.where(self.inside, found.b1, np.nan), f"fitted, {found.method}")
+        self.notes.extend(found.notes)
 
     def _convert(self, signal: np.ndarray, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         factor = None if self.b1 is None else self.b1.ravel()[voxels]
