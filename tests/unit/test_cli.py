@@ -95,7 +95,7 @@ def test_help_lists_commands_and_exit_codes():
         assert word in shown.output
 
 
-@pytest.mark.parametrize("command", ["validate", "forecast", "report", "virtual", "resample"])
+@pytest.mark.parametrize("command", ["validate", "forecast", "report", "virtual", "quantify", "train", "resample"])
 def test_help_of_each_command_shows_an_example(command):
     shown = run(command, "--help")
     assert shown.exit_code == 0
