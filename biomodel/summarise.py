@@ -176,5 +176,5 @@ def _provenance(fit: Fit) -> dict[str, object]:
             "device": torch.device(solver.device).type,
         },
         "patient_sha256": fit.patient.fingerprint(),
-        "versions": {n: of(n) for n in ("tumorcast", "torch", "numpy", "scipy", "xarray", "numba")},
+        "versions": {n: of(n) for n in ("tumorcast", "torch", "numpy", "scipy", "xarray", "numba")} | solver.versions(),
     }  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from biomodel.calibration.field import FieldLaplace, calibrate_field
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.gaussnewton import Optimum, along_values, limits_of, minimise, prior_of
 from biomodel.calibration.images import ImageProblem
@@ -16,6 +17,7 @@ from biomodel.calibration.volumes import VolumeProblem
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.patient import Patient
+from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
 from biomodel.tables import html_table
 
@@ -120,8 +122,8 @@ class Laplace:
 def calibrate(
     model: ReactionDiffusion | Population,
     patient: Patient,
-    solver: TorchSolver | None = None,
-    method: MAP | Laplace | Importance | None = None,
+    solver: Solver | None = None,
+    method: MAP | Laplace | Importance | FieldLaplace | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Calibrate a model on the visits of one patient.
@@ -133,9 +135,10 @@ def calibrate(
         it is for patients without images.
     patient : Patient
         Usually ``patient.until(visit=k)``: all its visits are used. The first gives the initial state.
-    solver : TorchSolver, optional
-    method : MAP, Laplace or Importance, optional
-        Laplace by default; Importance is for patients without images.
+    solver : TorchSolver or FenicsSolver, optional
+        The former by default; patients without images have no space, and take only that.
+    method : MAP, Laplace, Importance or FieldLaplace, optional
+        Laplace by default; Importance is for patients without images, FieldLaplace makes the growth rate a map.
     progress : callable, optional
         Receives a line of text per iteration.
 
@@ -159,6 +162,10 @@ def calibrate(
             f"patient {patient.id} has images, but {what} for patients without; use patient.without_images(), or "
             "a model and Laplace()."
         )
+    if isinstance(method, FieldLaplace):
+        if patient.domain.well_mixed:
+            raise CalibrationError(f"patient {patient.id} has no images; FieldLaplace needs them.")
+        return calibrate_field(model, patient, solver, method, progress)
     if isinstance(method, MAP):
         optimiser = method
     elif isinstance(method, Importance):
@@ -166,12 +173,17 @@ def calibrate(
     else:
         optimiser = method.map
     problem: VolumeProblem | ImageProblem
-    if population:
-        problem = VolumeProblem(model, patient, solver, population.parameters, population.noise)
-        prior = population.gaussian
+    if patient.domain.well_mixed:
+        if not isinstance(solver, TorchSolver):
+            raise CalibrationError(
+                f"patient {patient.id} has no images, so there is no space for {type(solver).__name__}; use "
+                "TorchSolver()."
+            )
+        known = (population.parameters, population.noise) if population else ()
+        problem = VolumeProblem(model, patient, solver, *known)
     else:
-        problem = (VolumeProblem if patient.domain.well_mixed else ImageProblem)(model, patient, solver)
-        prior = prior_of(problem.parameters, model.joint)
+        problem = ImageProblem(model, patient, solver)
+    prior = population.gaussian if population else prior_of(problem.parameters, model.joint)
     best = optimiser.optimise(problem, prior, progress)
     p = len(best.z)
     hessian = best.linear.hessian + prior.precision
@@ -279,7 +291,7 @@ class Comparison:
 def compare(
     models: Sequence[ReactionDiffusion | Population],
     patient: Patient,
-    solver: TorchSolver | None = None,
+    solver: Solver | None = None,
     method: MAP | Laplace | Importance | None = None,
 ) -> Comparison:
     """Calibrate several models on the same patient and compare them by evidence, AIC and BIC.

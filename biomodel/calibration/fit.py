@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,11 @@ from biomodel.calibration.volumes import VolumeNoise
 from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Parameter
 from biomodel.patient import Patient
-from biomodel.solvers.torch import TorchSolver
+from biomodel.solvers.base import Solver
 from biomodel.tables import html_table
+
+if TYPE_CHECKING:
+    from biomodel.calibration.field import FieldPosterior
 
 #: A parameter counts as identified where its posterior sd is below this share of its prior sd.
 IDENTIFIED = 0.5
@@ -42,11 +46,13 @@ class Fit:
         Weighted posterior draws of an `Importance` fit; otherwise the posterior is Gaussian.
     noise : VolumeNoise or None
         Errors of measured volumes, of a patient without images.
+    rate_map : FieldPosterior or None
+        Of a `FieldLaplace` fit: the map of the growth rate, jointly with the parameters.
     """
 
     model: ReactionDiffusion
     patient: Patient
-    solver: TorchSolver
+    solver: Solver
     method: str
     parameters: Mapping[str, Parameter]
     prior: GaussianPrior
@@ -64,6 +70,7 @@ class Fit:
     samples: Samples | None = None
     noise: VolumeNoise | None = None
     inflation: float = 1.0
+    rate_map: FieldPosterior | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,6 +122,8 @@ class Fit:
         rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
         if self.samples is not None:
             z = self.samples.resample(draws, rng)
+        elif self.rate_map is not None:
+            z = self.rate_map.draw(draws, seed)[0]
         else:
             values, vectors = np.linalg.eigh(self.covariance)
             root = vectors * np.sqrt(np.maximum(values, 0))

@@ -15,6 +15,7 @@ state, applied matrix-free with conjugate gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,7 @@ from biomodel.models import ReactionDiffusion
 from biomodel.observation import Seen, observe
 from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
-from biomodel.solvers.plan import TimePlan
-from biomodel.solvers.simulation import Simulation
-from biomodel.solvers.torch import TorchSolver
+from biomodel.solvers.base import Built, Solver
 from biomodel.treatments import Jump, Kill
 
 HALO = Parameter(
@@ -177,7 +176,7 @@ class ImageProblem:
         If there is no tumour in the first visit, or no later visit to calibrate on.
     """
 
-    def __init__(self, model: ReactionDiffusion, patient: Patient, solver: TorchSolver):
+    def __init__(self, model: ReactionDiffusion, patient: Patient, solver: Solver):
         self.model, self.patient = model, patient
         seen = [s for s in (observe(patient, v) for v in patient.visits) if s is not None]
         if not seen or not seen[0].region.any():
@@ -200,8 +199,8 @@ class ImageProblem:
         self.initial = InitialState.of(crop[0], self.visible, self.cv, self.domain)
         self.later = crop[1:]
         fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
-        self.simulation: Simulation = solver.build(model, self.domain, patient.schedule, fields, start=self.days[0])
-        self.rough: Simulation = replace(solver, rtol=max(solver.rtol, ROUGH)).build(
+        self.simulation: Built = solver.build(model, self.domain, patient.schedule, fields, start=self.days[0])
+        self.rough: Built = replace(solver, rtol=max(solver.rtol, ROUGH)).build(
             model, self.domain, patient.schedule, fields, start=self.days[0]
         )
         nuisance = list(zip(self.initial.names, self.initial.parameters, strict=True))
@@ -212,8 +211,8 @@ class ImageProblem:
         self.names = tuple(self.parameters)
         self._rows()
         self.acting = {n for n in model.free if not n.startswith(tuple(_idle(model, patient, self.days[-1])))}
-        self.fine_plan: TimePlan | None = None
-        self.coarse_plan: TimePlan | None = None
+        self.fine_plan: Any = None
+        self.coarse_plan: Any = None
         #: While the search is far from the optimum, runs are no more accurate than the weights.
         self.searching = False
         self.solves = 0
@@ -277,7 +276,7 @@ class ImageProblem:
         return self._split(values), torch.tensor(u0), self.days[1:]
 
     @property
-    def plan(self) -> TimePlan | None:
+    def plan(self) -> Any:
         """Steps of the model's runs."""
         return self.coarse_plan if self.searching else self.fine_plan
 
@@ -336,6 +335,19 @@ class ImageProblem:
         self.inflation = inflation(scores, blocks, linear.information, precision)
         return abs(self.inflation / before - 1)
 
+    def shifts(self, active: np.ndarray) -> np.ndarray:
+        """Derivatives (p, rows that count) of the predictions by the shifts of the later visits."""
+        found = np.zeros((len(self.names), len(active)))
+        for t, s in enumerate(self.later):
+            if shift_name(s.number) in self.names:
+                here = self.time_of_row[active] == t
+                found[self.names.index(shift_name(s.number))] = np.where(here, self.response[active], 0.0)
+        return found
+
+    def chain(self, z: np.ndarray) -> np.ndarray:
+        """Derivatives (p,) of the values by the transformed coordinates."""
+        return np.array([_slope(p, v) for p, v in zip(self.parameters.values(), z, strict=True)])
+
     def linearise(self, z: np.ndarray, exact: bool) -> ImageLinear:
         """Residuals with derivatives and weights at z; `exact` marginalises the initial state's noise by C."""
         values = self.values(z)
@@ -358,12 +370,7 @@ class ImageProblem:
             jacobian[self.names.index("grid.error")] = self.grid_error[active]
         for i, d in zip(moving, du[:, 0].cpu().numpy(), strict=True):
             jacobian[i] = d[active]
-        for t, s in enumerate(self.later):
-            if shift_name(s.number) in self.names:
-                here = self.time_of_row[active] == t
-                jacobian[self.names.index(shift_name(s.number))] = np.where(here, self.response[active], 0.0)
-        chain = [_slope(p, v) for p, v in zip(self.parameters.values(), z, strict=True)]
-        jacobian *= np.array(chain)[:, None]
+        jacobian = (jacobian + self.shifts(active)) * self.chain(z)[:, None]
         weights = Weights(self, params, u0, times, active, exact)
         carried = weights.carried(self.update)
         return ImageLinear(self, residual[active] + carried, jacobian, weights, carried)

@@ -13,7 +13,7 @@ import torch
 from biomodel.domain import Domain
 from biomodel.errors import SolverError
 from biomodel.fenics.mesh import BoxMesh, MeshMaker
-from biomodel.fenics.pool import run_concurrently
+from biomodel.fenics.pool import pool, run_concurrently
 from biomodel.fenics.simulation import FenicsSimulation
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
@@ -71,6 +71,21 @@ class FenicsSolver:
             raise SolverError(f"FenicsSolver: linear_rtol is {self.linear_rtol}; expected a number from 1e-15 to 1e-3.")
         if self.ranks < 1 or self.ranks != int(self.ranks):
             raise SolverError(f"FenicsSolver: ranks is {self.ranks}; expected a whole number from 1.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers with which FEniCS computes."""
+        return torch.float64
+
+    @property
+    def device(self) -> str:
+        """Where FEniCS computes."""
+        return "cpu"
+
+    def versions(self) -> dict[str, str]:
+        """The version of dolfinx that the worker has, which is started for it."""
+        with pool(self.ranks).worker() as worker:
+            return {"dolfinx": str(worker.start()["dolfinx"])}
 
     def build(
         self,

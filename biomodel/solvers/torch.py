@@ -61,6 +61,10 @@ class TorchSolver:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise SolverError("TorchSolver: no CUDA device is available here; use device='cpu'.")
 
+    def versions(self) -> dict[str, str]:
+        """Versions of libraries beyond those of the package: none."""
+        return {}
+
     def build(
         self,
         model: ReactionDiffusion,
