@@ -319,12 +319,13 @@ def train(
         from biomodel import cli_train as job
         from biomodel.imaging.regions import Training
 
-        lessons = job.gather(folders or [], virtual, seed, shown)
+        own, made_up = job.gather(folders or [], virtual, seed, shown)
         shown.say("Training")
         count = training_steps or (job.TISSUE_STEPS if tissues else job.TUMOUR_STEPS)
         made, score = job.teach(
-            lessons, keep_back, Training(steps=count, seed=seed), shown, tissues=tissues, fat_suppressed=not bright_fat
-        )
+            own, made_up, keep_back, Training(steps=count, seed=seed), shown,
+            tissues=tissues, fat_suppressed=not bright_fat,
+        )  # fmt: skip
         digest = made.save(out)
     typer.echo(f"Learnt from {made.provenance['cases']} exams of {made.provenance['patients']} patients.")
     typer.echo(score)

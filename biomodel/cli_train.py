@@ -22,8 +22,8 @@ __all__ = ["TISSUE_STEPS", "TUMOUR_STEPS", "gather", "teach"]
 TUMOUR_STEPS, TISSUE_STEPS = 2000, 600
 
 
-def gather(folders: Sequence[Path], virtual: int, seed: int, shown: Steps) -> list[Lesson]:
-    """Return the exams of quantified patients and of virtual ones.
+def gather(folders: Sequence[Path], virtual: int, seed: int, shown: Steps) -> tuple[list[Lesson], list[Lesson]]:
+    """Return the exams of quantified patients, and those of virtual ones.
 
     Raises
     ------
@@ -37,12 +37,13 @@ def gather(folders: Sequence[Path], virtual: int, seed: int, shown: Steps) -> li
         if {one.patient for one in lessons} & {one.patient for one in found}:
             raise InputError(f"{folder}: patient {lessons[0].patient} was read already. Name each patient once.")
         found += lessons
-    for one in shown.track(range(virtual)):
-        shown.detail(f"virtual patient {one + 1} of {virtual}")
-        found += virtual_lessons([VIRTUAL_SEEDS * seed + one])
-    if not found:
+    made: list[Lesson] = []
+    for number in shown.track(range(virtual)):
+        shown.detail(f"virtual patient {number + 1} of {virtual}")
+        made += virtual_lessons([VIRTUAL_SEEDS * seed + number])
+    if not found and not made:
         raise InputError("train: nothing to learn from. Name folders of quantified patients, or use --virtual.")
-    return found
+    return found, made
 
 
 #: Seeds of virtual patients that one seed of the command may use, so that two commands share none.
@@ -50,19 +51,25 @@ VIRTUAL_SEEDS = 10_000
 
 
 def teach(
-    lessons: Sequence[Lesson], keep_back: int, training: Training, shown: Steps, *, tissues: bool,
-    fat_suppressed: bool,
+    own: Sequence[Lesson], virtual: Sequence[Lesson], keep_back: int, training: Training, shown: Steps, *,
+    tissues: bool, fat_suppressed: bool,
 ) -> tuple[Network, str]:  # fmt: skip
     """Train a network; return it and a line on how well it does on what was kept back.
+
+    Kept back are patients of the user's own, where there are any: virtual ones tell little about them.
 
     Raises
     ------
     InputError
         If more patients are to be kept back than there are, or nothing can be learnt.
     """
-    patients = sorted({one.patient for one in lessons})
-    if keep_back >= len(patients):
-        raise InputError(f"train: {keep_back} of {len(patients)} patients kept back; none is left to learn from.")
+    lessons = [*own, *virtual]
+    patients = sorted({one.patient for one in own or virtual})
+    if keep_back > len(patients) or keep_back == len({one.patient for one in lessons}):
+        raise InputError(
+            f"train: {keep_back} of {len(patients)} {'quantified' if own else 'virtual'} patients kept back; expected "
+            "fewer, so that some are left to learn from."
+        )
     kept = set(np.random.default_rng(training.seed).permutation(patients)[:keep_back].tolist())
 
     def progress(step: int, loss: float) -> None:

@@ -87,7 +87,7 @@ def test_lessons_without_truth_teach_nothing(folder):
 
 
 def test_virtual_patients_teach_also_that_there_is_nothing():
-    one, two, none = virtual_lessons([3])
+    one, two, none = virtual_lessons([13])
     assert one.region.any() and not none.region.any() and one.patient == two.patient == none.patient
     assert one.site == "virtual A"
     # The same breast and the same noise: images differ only where the tumour was and where it thins out around that.
@@ -133,7 +133,7 @@ def test_the_command_refuses_what_it_cannot_learn_from_or_use(folder, tmp_path):
     code, text = told("train", folder, folder, "--out", out)
     assert code == 3 and "patient P1 was read already" in text
     code, text = told("train", folder, "--keep-back", 1, "--out", out)
-    assert code == 3 and "1 of 1 patients kept back" in text
+    assert code == 3 and "1 of 1 quantified patients kept back" in text
     code, text = told("train", "--virtual", 2, "--tissues", "--bright-fat", "--out", out)
     assert code == 2 and "no virtual patients" in text
     assert not out.exists()

@@ -79,7 +79,7 @@ class Lesson:
 def virtual_lessons(seeds: Sequence[int], sites: Sequence[Site] = FAMILIAR) -> Iterator[Lesson]:
     """Yield exams of virtual patients with fat suppression: two visits each, and the same breast without a tumour.
 
-    Even seeds are patients of the matched setting, odd ones of the mismatched; sites take turns.
+    Even seeds are patients of the matched setting, odd ones of the mismatched; sites take turns, two seeds each.
 
     Parameters
     ----------
@@ -88,9 +88,9 @@ def virtual_lessons(seeds: Sequence[int], sites: Sequence[Site] = FAMILIAR) -> I
     sites
         Where they are imaged.
     """
-    for number, seed in enumerate(seeds):
+    for seed in seeds:
         patient = virtual_patient(seed, Mismatched() if seed % 2 else Matched(), visit_days=DAYS)
-        site = sites[number // 2 % len(sites)]  # so that each site sees both settings
+        site = sites[seed // 2 % len(sites)]  # so that each site sees both settings
         for visit in range(1, len(DAYS) + 1):
             yield Lesson.of(practice_exam(patient, visit, site, seed))
         yield Lesson.of(practice_exam(without_tumour(patient), 1, site, seed))
