@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from biomodel.cli_doctor import doctor
 from biomodel.cli_group import CommandGroup, run
 from biomodel.cli_show import console, steps
 from biomodel.errors import OutputError
@@ -330,6 +331,9 @@ def train(
     typer.echo(f"Learnt from {made.provenance['cases']} exams of {made.provenance['patients']} patients.")
     typer.echo(score)
     typer.echo(f"Weights: {out} ({digest[:12]})")
+
+
+app.command(epilog="Example:\n\ntumorcast doctor")(doctor)
 
 
 # --- checks before anything is computed ------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class Worker:
             self._clear()
             raise SolverError(f"{python}: the FEniCS worker could not be started ({error.strerror}).") from error
         try:
-            header, _ = self._receive(None)
+            header, _ = self._receive(None, skip=LAST_WORDS)
         except _Died as death:
             self._clear()
             hint = ""
@@ -270,11 +270,11 @@ class Worker:
         header, arrays = self._receive(progress)
         return header["answer"], arrays
 
-    def _receive(self, progress) -> Answer:
+    def _receive(self, progress, skip: int = 0) -> Answer:
         assert self._process is not None
         while True:
             try:
-                header, arrays = read_frame(cast(BinaryIO, self._process.stdout))
+                header, arrays = read_frame(cast(BinaryIO, self._process.stdout), skip)
             except (ProtocolError, OSError, ValueError) as error:
                 raise _Died(self._last_words(error)) from None
             if "progress" in header:

@@ -51,8 +51,14 @@ def write_frame(stream: BinaryIO, header: Mapping[str, Any], arrays: Mapping[str
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_frame(stream: BinaryIO, skip: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read one frame: its header and its arrays by name.
+
+    Parameters
+    ----------
+    stream : binary file
+    skip : int
+        Most bytes of something else that may come first (what an interpreter prints before its program runs).
 
     Raises
     ------
@@ -61,7 +67,10 @@ def read_frame(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     ProtocolError
         If what arrives is no frame.
     """
-    start = _read(stream, len(MAGIC) + 8)
+    start = _read(stream, len(MAGIC))
+    while start != MAGIC and skip > 0:
+        start, skip = start[1:] + _read(stream, 1), skip - 1
+    start += _read(stream, 8)
     if start[: len(MAGIC)] != MAGIC:
         raise ProtocolError(f"expected the beginning of a frame, found {bytes(start[:32])!r}.")
     (length,) = struct.unpack("<Q", start[len(MAGIC) :])
