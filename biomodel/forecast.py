@@ -169,8 +169,14 @@ def _noise(seed: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, purpose]))
 
 
-def initial_states(fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np.random.Generator | None) -> np.ndarray:
-    """Initial cell fractions (draw, z, y, x) on a box: measured, moved by the fit, with the voxels' own noise."""
+def initial_states(
+    fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np.random.Generator | None,
+    change: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Initial cell fractions (draw, z, y, x) on a box: measured, moved by the fit, with the voxels' own noise.
+
+    With a change (draw, z, y, x) that was drawn with the fit, that in place of noise.
+    """
     patient = fit.patient
     seen = next(s for s in (observe(patient, v) for v in patient.visits) if s is not None)
     crop = seen.crop(box)
@@ -182,7 +188,9 @@ def initial_states(fit: Fit, box, domain, values: dict[str, np.ndarray], rng: np
         full = np.zeros(patient.domain.shape)
         full[fit.box] = fit.initial_update
         u0 = u0 + full[box]
-    if rng is not None and crop.sd is not None:
+    if change is not None:
+        u0 = u0 + change
+    elif rng is not None and crop.sd is not None:
         u0 = u0 + rng.standard_normal(u0.shape) * (crop.sd * crop.region)
     if crop.fraction is not None:
         # A voxel of the region was seen as tumour: what a draw takes below the visible fraction is reflected there.
@@ -202,6 +210,7 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     visible = settings.visible_fraction if settings else 0.15
     theta = settings.carrying_capacity(domain.voxel_volume) if settings else math.nan
     values = fit.draw(draws, seed)
+    drawn = _Drawn.of(fit, draws, seed, box)
     rng = _noise(seed, 2)
     at = np.searchsorted(curve, days)
     n_voxels = int(np.prod(domain.shape))
@@ -216,11 +225,16 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     for start in progress(starts) if progress else starts:
         part = slice(start, min(start + block, draws))
         here = {n: v[part] for n, v in values.items()}
-        u0 = initial_states(fit, box, domain, here, rng)
+        u0 = initial_states(fit, box, domain, here, rng, None if drawn is None else drawn.start[part])
         params = {n: torch.tensor(here[n]) for n in model.free}
+        if drawn is not None:
+            rate = here[drawn.name][:, None, None, None] * drawn.factor[part]
+            params[drawn.name] = torch.tensor(np.clip(rate, *fit.parameters[drawn.name].bounds))
         if plan is None:
             # One plan for all draws, made at the extremes of the posterior.
             extreme = {n: torch.tensor(np.quantile(values[n], [0.5, 0.95])) for n in model.free}
+            if drawn is not None:
+                extreme[drawn.name] = params[drawn.name][:1]
             plan = simulation.plan(extreme, torch.tensor(u0[:1]), curve)
         u, bad = _run(simulation, params, torch.tensor(u0), curve, plan)
         failed.extend(part.start + i for i in bad)
@@ -265,6 +279,33 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
     _units(data)
     _units(curves)
     return data, curves, box, notes
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Draws of a fit with a map of the growth rate, on a box: the rate's factor and the change of the initial state.
+
+    Beyond what was calibrated the factor is 1 and the change 0. Both are (draws, z, y, x).
+    """
+
+    name: str
+    factor: np.ndarray
+    start: np.ndarray
+
+    @classmethod
+    def of(cls, fit: Fit, draws: int, seed: int, box) -> _Drawn | None:
+        found = fit.rate_map
+        if found is None:
+            return None
+        _, fields, starts = found.draw(draws, seed)
+
+        def placed(values: np.ndarray, rest: float) -> np.ndarray:
+            whole = np.full((draws, *fit.patient.domain.shape), rest, np.float32)
+            whole[(slice(None), *found.box)] = values
+            return whole[(slice(None), *box)].astype(float)
+
+        name = f"growth.{fit.model.growth.parameters[0].name}"
+        return cls(name, placed(np.exp(fields), 1.0), placed(starts, 0.0))
 
 
 def _run(simulation, params, u0, curve, plan) -> tuple[np.ndarray, list[int]]:

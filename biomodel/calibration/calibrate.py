@@ -165,6 +165,8 @@ def calibrate(
     if isinstance(method, FieldLaplace):
         if patient.domain.well_mixed:
             raise CalibrationError(f"patient {patient.id} has no images; FieldLaplace needs them.")
+        if not isinstance(solver, TorchSolver):
+            raise CalibrationError(f"FieldLaplace needs a TorchSolver; found {type(solver).__name__}.")
         return calibrate_field(model, patient, solver, method, progress)
     if isinstance(method, MAP):
         optimiser = method

@@ -1,4 +1,4 @@
-"""A growth rate that is a map: tabulated flow against quadrature in every voxel, its derivatives, and their transpose."""
+"""A growth rate that is a map: tabulated flow against quadrature in every voxel; derivatives and their transpose."""
 
 import numpy as np
 import pytest
