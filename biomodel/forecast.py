@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from biomodel.calibration.field_prior import Link
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.images import InitialState, computing_box, field_maps
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
@@ -228,8 +229,7 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
         u0 = initial_states(fit, box, domain, here, rng, None if drawn is None else drawn.start[part])
         params = {n: torch.tensor(here[n]) for n in model.free}
         if drawn is not None:
-            rate = here[drawn.name][:, None, None, None] * drawn.factor[part]
-            params[drawn.name] = torch.tensor(np.clip(rate, *fit.parameters[drawn.name].bounds))
+            params[drawn.name] = torch.tensor(drawn.link.of(here[drawn.name][:, None, None, None], drawn.field[part]))
         if plan is None:
             # One plan for all draws, made at the extremes of the posterior.
             extreme = {n: torch.tensor(np.quantile(values[n], [0.5, 0.95])) for n in model.free}
@@ -283,13 +283,14 @@ def _images(fit, days, curve, draws, seed, schedule, progress):
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """Draws of a fit with a map of the growth rate, on a box: the rate's factor and the change of the initial state.
+    """Draws of a fit with a map of the growth rate, on a box: the field and the change of the initial state.
 
-    Beyond what was calibrated the factor is 1 and the change 0. Both are (draws, z, y, x).
+    Beyond what was calibrated both are 0. Both are (draws, z, y, x).
     """
 
     name: str
-    factor: np.ndarray
+    link: Link
+    field: np.ndarray
     start: np.ndarray
 
     @classmethod
@@ -299,13 +300,13 @@ class _Drawn:
             return None
         _, fields, starts = found.draw(draws, seed)
 
-        def placed(values: np.ndarray, rest: float) -> np.ndarray:
-            whole = np.full((draws, *fit.patient.domain.shape), rest, np.float32)
+        def placed(values: np.ndarray) -> np.ndarray:
+            whole = np.zeros((draws, *fit.patient.domain.shape), np.float32)
             whole[(slice(None), *found.box)] = values
             return whole[(slice(None), *box)].astype(float)
 
         name = f"growth.{fit.model.growth.parameters[0].name}"
-        return cls(name, placed(np.exp(fields), 1.0), placed(starts, 0.0))
+        return cls(name, found.link, placed(fields), placed(starts))
 
 
 def _run(simulation, params, u0, curve, plan) -> tuple[np.ndarray, list[int]]:

@@ -1,22 +1,23 @@
 """Calibration of a map: the growth rate as a Gaussian field, with everything else that is unknown, jointly.
 
-The growth rate is k exp(m(x)): k as elsewhere, m a field with the prior of :mod:`biomodel.calibration.field_prior`. The
-voxel noise of the first visit's map is an unknown of its own: left out, it would pass for growth. All unknowns are
-whitened by their prior: scalars, then the field, then the noise of the first map. The maximum of the posterior is found
-by Gauss-Newton steps solved with conjugate gradients, whose number depends on what the data know and not on the grid;
-the posterior about it is Gaussian with the low-rank update of :mod:`biomodel.calibration.lowrank`.
+The growth rate is a map made of its level k, as elsewhere, and a field m(x) with the prior of
+:mod:`biomodel.calibration.field_prior`: k exp(m), or k + m. The voxel noise of the first visit's map is an unknown of
+its own: left out, it would pass for growth. All unknowns are whitened by their prior: scalars, then the field, then the
+noise of the first map. The maximum of the posterior is found by Gauss-Newton steps solved with conjugate gradients,
+whose number depends on what the data know and not on the grid; the posterior about it is Gaussian with the low-rank
+update of :mod:`biomodel.calibration.lowrank`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from biomodel.calibration.discrepancy import weights
-from biomodel.calibration.field_prior import FieldPrior, Matern
+from biomodel.calibration.field_prior import FieldPrior, Link, Matern, Multiplied
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.gaussnewton import prior_of
 from biomodel.calibration.images import ImageProblem
@@ -38,7 +39,9 @@ class FieldLaplace:
     Parameters
     ----------
     prior : Matern
-        Of the logarithm of the rate about its mean level.
+        Of the field.
+    link : Link
+        How level and field make the rate: `Multiplied` or `Added`.
     noise_length : float
         Correlation length of the voxels' noise, mm: smaller voxels do not know more. Their variance is raised by how
         many of them such a length holds in each direction with extent.
@@ -53,6 +56,7 @@ class FieldLaplace:
     """
 
     prior: Matern = Matern()
+    link: Link = Multiplied()
     noise_length: float = 2.0
     iterations: int = 20
     tolerance: float = 1e-3
@@ -62,7 +66,7 @@ class FieldLaplace:
 
 @dataclass(frozen=True, eq=False)
 class FieldPosterior:
-    """Posterior of the log-rate map, jointly with the scalars of a fit.
+    """Posterior of the map, jointly with the scalars of a fit.
 
     Attributes
     ----------
@@ -73,6 +77,7 @@ class FieldPosterior:
     lowrank : LowRank
         Of the whitened data Hessian.
     prior : FieldPrior
+    link : Link
     scalars : (ndarray (p,), ndarray (p, p))
         Prior mean and root of the prior covariance of the scalars' transformed coordinates.
     noise : ndarray, shape (z, y, x)
@@ -85,13 +90,14 @@ class FieldPosterior:
     mode: np.ndarray
     lowrank: LowRank
     prior: FieldPrior
+    link: Link
     scalars: tuple[np.ndarray, np.ndarray]
     noise: np.ndarray
     steps: tuple[int, ...]
 
     @property
     def mean(self) -> np.ndarray:
-        """Log of the rate's factor at the maximum, (z, y, x) on the box."""
+        """The field at the maximum, (z, y, x) on the box."""
         return self._field(self.mode)
 
     def _field(self, white: np.ndarray) -> np.ndarray:
@@ -99,7 +105,7 @@ class FieldPosterior:
         return np.asarray(self.prior.root(white[None, p : p + self.prior.size])[0])
 
     def draw(self, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draws of the scalars' transformed coordinates, the log factor, and the change of the initial state.
+        """Draws of the scalars' transformed coordinates, the field, and the change of the initial state.
 
         Returns
         -------
@@ -117,7 +123,7 @@ class FieldPosterior:
         return z, fields, starts
 
     def spread(self) -> np.ndarray:
-        """Standard deviation of the log factor in each voxel, (z, y, x).
+        """Standard deviation of the field in each voxel, (z, y, x).
 
         The prior's is the same everywhere; the data take from it what the eigenpairs say.
         """
@@ -172,6 +178,7 @@ class FieldProblem:
         self.base = ImageProblem(model, patient, solver)
         self.gaussian = prior_of(self.base.parameters, model.joint)
         self.root = np.linalg.cholesky(self.gaussian.covariance)
+        self.link = method.link
         self.field = FieldPrior(method.prior, self.base.domain.shape, self.base.domain.spacing)
         self.p = len(self.base.names)
         self.noise = np.sqrt(self.base.initial_variance)
@@ -182,7 +189,7 @@ class FieldProblem:
         self.trust = np.ones(len(self.variance))
 
     def decode(self, white: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Transformed coordinates (p,) and log factor (z, y, x)."""
+        """Transformed coordinates (p,) and field (z, y, x)."""
         field = white[None, self.p : self.p + self.field.size]
         return self.gaussian.mean + self.root @ white[: self.p], self.field.root(field)[0]
 
@@ -190,17 +197,15 @@ class FieldProblem:
         """Change of the measured initial state, (z, y, x)."""
         return spread_out(self.noise, white[self.p + self.field.size :])
 
-    def _params(self, values: dict, log_factor: np.ndarray) -> dict:
+    def _params(self, values: dict, field: np.ndarray) -> dict:
         params = {n: values[n] for n in self.base.model.free}
-        low, high = self.base.parameters[self.rate].bounds
-        params[self.rate] = torch.tensor(np.clip(values[self.rate] * np.exp(log_factor), low, high))
-        return params
+        return params | {self.rate: torch.tensor(self.link.of(values[self.rate], field))}
 
     def _run(self, white: np.ndarray) -> tuple[dict, dict, torch.Tensor, np.ndarray]:
-        z, log_factor = self.decode(white)
+        z, field = self.decode(white)
         values = self.base.values(z)
         _, u0, times = self.base._arguments(values)
-        return values, self._params(values, log_factor), u0 + torch.tensor(self.start(white)), times
+        return values, self._params(values, field), u0 + torch.tensor(self.start(white)), times
 
     def replan(self, white: np.ndarray) -> None:
         """Choose the time steps anew, and the estimate of the grid's error."""
@@ -233,7 +238,7 @@ class FieldProblem:
     def linearise(self, white: np.ndarray) -> FieldLinear:
         """Residuals with their derivatives."""
         values, params, u0, times = self._run(white)
-        base, z = self.base, self.decode(white)[0]
+        base, (z, field) = self.base, self.decode(white)
         simulation = base.simulation
         assert isinstance(simulation, Simulation)
         run = simulation.linearise(params, u0, times, plan=base.plan, rate=True)
@@ -249,15 +254,14 @@ class FieldProblem:
                 params, u0, times, wrt, plan=base.plan, du0=torch.tensor(du0[moving]), rows=base.rows
             )
             jacobian[moving] = du[:, 0].cpu().numpy()
-        rate = torch.as_tensor(params[self.rate])
-        level = run.push(torch.zeros(1, 1, *base.domain.shape, dtype=torch.float64), rate[None, None])
-        # The rate is proportional to its level.
-        jacobian[base.names.index(self.rate)] = level[0, 0].cpu().numpy()[base.rows] / values[self.rate]
+        by_field, by_level = (torch.tensor(s) for s in self.link.slopes(values[self.rate], field))
+        level = run.push(torch.zeros(1, 1, *base.domain.shape, dtype=torch.float64), by_level[None, None])
+        jacobian[base.names.index(self.rate)] = level[0, 0].cpu().numpy()[base.rows]
         if "grid.error" in base.names:
             jacobian[base.names.index("grid.error")] = base.grid_error
         base.solves += 2 + len(moving)
         jacobian = (jacobian[:, active] + base.shifts(active)) * base.chain(z)[:, None]
-        return FieldLinear(self, run, rate, residual[active], active, self.root.T @ jacobian, white)
+        return FieldLinear(self, run, by_field, residual[active], active, self.root.T @ jacobian, white)
 
 
 @dataclass(eq=False)
@@ -266,7 +270,7 @@ class FieldLinear:
 
     problem: FieldProblem
     run: Linearisation
-    rate: torch.Tensor
+    by_field: torch.Tensor
     residual: np.ndarray
     active: np.ndarray
     scalars: np.ndarray
@@ -279,7 +283,7 @@ class FieldLinear:
         p, base = self.problem.p, self.problem.base
         field = self.problem.field.root(white[None, p : p + self.problem.field.size])[0]
         start = torch.tensor(self.problem.start(white))
-        pushed = self.run.push(start[None, None], (self.rate * torch.tensor(field))[None, None])
+        pushed = self.run.push(start[None, None], (self.by_field * torch.tensor(field))[None, None])
         base.solves += 1
         return pushed[0, 0].cpu().numpy()[base.rows][self.active] + white[:p] @ self.scalars
 
@@ -291,7 +295,7 @@ class FieldLinear:
         cotangent[base.rows] = full
         start, change = self.run.pull_rate(torch.tensor(cotangent)[None, None])
         base.solves += 1
-        field = self.problem.field.transpose((self.rate * change[0, 0]).cpu().numpy()[None])[0]
+        field = self.problem.field.transpose((self.by_field * change[0, 0]).cpu().numpy()[None])[0]
         noise = self.problem.noise
         return np.concatenate((self.scalars @ rows, field, (start[0, 0].cpu().numpy() * noise)[noise > 0]))
 
@@ -323,7 +327,7 @@ def calibrate_field(
     for turn in range(method.iterations):
         linear = problem.linearise(white)
         problem.reweigh(linear)
-        linear = FieldLinear(problem, linear.run, linear.rate, linear.residual, linear.active, linear.scalars, white)
+        linear = replace(linear)  # with the new weights
         value = problem.objective(white)
         gradient = linear.gradient()
         size = float(np.linalg.norm(gradient))
@@ -356,7 +360,9 @@ def calibrate_field(
     linear = problem.linearise(white)
     lowrank = leading(linear.hessian, problem.size, most=method.most, seed=method.seed)
     scalars = (problem.gaussian.mean, problem.root)
-    posterior = FieldPosterior(problem.base.box, white, lowrank, problem.field, scalars, problem.noise, tuple(steps))
+    posterior = FieldPosterior(
+        problem.base.box, white, lowrank, problem.field, method.link, scalars, problem.noise, tuple(steps)
+    )
     notes = list(patient.notes)
     if not converged:
         notes.append(f"The calibration stopped after {len(steps)} steps without converging.")

@@ -9,7 +9,42 @@ from scipy.fft import dctn, idctn
 
 from biomodel.errors import CalibrationError
 
-__all__ = ["FieldPrior", "Matern"]
+__all__ = ["Added", "FieldPrior", "Link", "Matern", "Multiplied"]
+
+
+class Link:
+    """How a field makes a map of a parameter from its level, a number."""
+
+    def of(self, level: np.ndarray, field: np.ndarray) -> np.ndarray:
+        """The map, from a level that broadcasts to the field."""
+        raise NotImplementedError
+
+    def slopes(self, level: float, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Derivatives of the map by the field and by the level, voxel by voxel."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Multiplied(Link):
+    """level exp(field): the field is the logarithm of a factor, and the map is positive."""
+
+    def of(self, level: np.ndarray, field: np.ndarray) -> np.ndarray:
+        return np.asarray(level * np.exp(field))
+
+    def slopes(self, level: float, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        factor = np.exp(field)
+        return level * factor, factor
+
+
+@dataclass(frozen=True)
+class Added(Link):
+    """level + field: the field has the parameter's unit; a growth rate below 0 is a loss of cells."""
+
+    def of(self, level: np.ndarray, field: np.ndarray) -> np.ndarray:
+        return np.asarray(level + field)
+
+    def slopes(self, level: float, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones_like(field), np.ones_like(field)
 
 
 @dataclass(frozen=True)
@@ -24,8 +59,8 @@ class Matern:
     length : float
         Distance, mm, at which the correlation has fallen to about 0.1: sqrt(8 smoothness) / kappa.
     sd : float
-        Standard deviation of the field. For the logarithm of a rate, 0.5 says that two thirds of the voxels lie within
-        a factor of 1.6.
+        Standard deviation of the field, in its unit. For the logarithm of a rate (`Multiplied`), 0.5 says that two
+        thirds of the voxels lie within a factor of 1.6.
     """
 
     length: float = 10.0

@@ -7,7 +7,7 @@ import pytest
 
 import biomodel as bm
 from biomodel.calibration.field import FieldLaplace, FieldProblem
-from biomodel.calibration.field_prior import Matern
+from biomodel.calibration.field_prior import Added, Matern, Multiplied
 from biomodel.errors import CalibrationError
 from biomodel.virtual import Matched, small_patient
 
@@ -23,8 +23,12 @@ def model(known):
     return bm.ReactionDiffusion(bm.Logistic(), bm.Isotropic(), drugs).with_priors(Matched().priors())
 
 
-def test_gradient_of_the_posterior(known, model):
-    problem = FieldProblem(model, known, bm.TorchSolver(), FieldLaplace(Matern(10.0, 0.3)))
+METHODS = [FieldLaplace(Matern(10.0, 0.3), Multiplied()), FieldLaplace(Matern(10.0, 0.02), Added())]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_of_the_posterior(known, model, method):
+    problem = FieldProblem(model, known, bm.TorchSolver(), method)
     rng = np.random.default_rng(0)
     white = 0.1 * rng.standard_normal(problem.size)
     problem.replan(white)
