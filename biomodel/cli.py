@@ -237,6 +237,10 @@ def quantify(
     spacing: Annotated[
         float | None, typer.Option(min=0.1, metavar="MM", help="Side of cubic voxels; by default those of visit 1.")
     ] = None,
+    repeats: Annotated[
+        int,
+        typer.Option(min=0, help="Repetitions of each registration, which tell its error for the maps; 0: none."),
+    ] = 3,
     motion: Annotated[
         bool, typer.Option("--motion/--no-motion", help="Correct motion within the dynamic series.")
     ] = True,
@@ -274,7 +278,7 @@ def quantify(
 
             settings = replace(settings, tissue=NetworkTissues(TissueNetwork.load(tissue_weights)))
         kind = {Between.rigid: Rigid, Between.affine: Affine, Between.bspline: BSpline}[registration]()
-        done = run_all(Study.read(folder), settings, kind, spacing, say=shown.say)
+        done = run_all(Study.read(folder), settings, kind, spacing, repeats, say=shown.say)
         shown.say("Writing")
         done.write(out, dicom=dicom)
     for visit in done.visits:

@@ -16,19 +16,16 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from biomodel.errors import GeometryError, InputError
-from biomodel.imaging.motion_search import levelled, like_the_first, like_the_others
 from biomodel.imaging.preprocess import plain_sample
 from biomodel.imaging.registration import Image, Kind, Registration, Rigid, register
 from biomodel.imaging.registration_search import MutualInformation, check_image, linear, matrix_of
+from biomodel.imaging.rigid_search import joined, levelled, like_the_first, like_the_others
 from biomodel.imaging.series import Series
-from biomodel.imaging.series_grid import Grid
 from biomodel.imaging.series_signal import shift
 from biomodel.imaging.transforms import Transform, from_itk, simpleitk, to_itk
 
 __all__ = ["Corrected", "align", "correct_motion"]
 
-#: Voxels are joined until about this many are left: a rigid motion needs no more.
-MOST_VOXELS = 150_000
 #: Motion below this part of a voxel is left alone: drawing a sample anew costs more (it smooths noise).
 LEAST_MOTION = 0.05
 RIGID = Rigid()
@@ -109,7 +106,7 @@ def correct_motion(
         raise GeometryError(f"{series.name}: {series.grid}; expected at least 4 voxels along each axis.")
     inside = np.ones(series.grid.shape, bool) if mask is None else np.asarray(mask, bool)
     names = [f"{series.name}, sample {number}" for number in range(1, series.samples + 1)]
-    factors = _factors(series.grid)
+    factors = joined(series.grid)
     images = []
     for sample, name in zip(series.data, names, strict=True):
         filled, _ = check_image(sample, series.grid, inside, name)
@@ -157,17 +154,6 @@ def correct_motion(
         _distance(made, crop),
         tuple(transforms),
     )
-
-
-def _factors(grid: Grid) -> list[int]:
-    """How many voxels to join along x, y, z: the smallest first, until few enough are left."""
-    size, side, factors = np.array(grid.shape[::-1], float), np.array(grid.spacing[::-1]), np.ones(3, int)
-    while np.prod(size / factors) > MOST_VOXELS:
-        able = np.where(size / (factors + 1) >= 8, side * factors, np.inf)
-        if not np.isfinite(able).any():
-            break
-        factors[int(np.argmin(able))] += 1
-    return [int(factor) for factor in factors]
 
 
 def _angles(rotation: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import xarray as xr
+from scipy import ndimage
 from typer.testing import CliRunner
 
 from biomodel.acquisition import SIEMENS_3T, write_raw
@@ -14,6 +15,7 @@ from biomodel.errors import InputError, UnitError
 from biomodel.imaging.registration import Rigid
 from biomodel.patient import Patient
 from biomodel.quality import check
+from biomodel.quantify.displaced import displacement_sd
 from biomodel.quantify.pipeline import quantify
 from biomodel.quantify.study import Study
 from biomodel.quantify.visit import Settings
@@ -74,6 +76,30 @@ def test_a_later_visit_lies_on_the_first(raw, done):
             assert misfit(found) < 0.8 * misfit(np.roll(found, step, axis)), (axis, step)
     assert done.visits[1].grid.same_as(done.visits[0].grid) and done.registrations[0].visit == 2
     assert abs(done.registrations[0].tumour.after / done.registrations[0].tumour.before - 1) < 0.03
+
+
+def test_errors_of_a_later_visit_hold_that_of_its_registration(raw, done):
+    """Where the map is steep, errors from noise alone cover too little of the truth."""
+    (one,), maps, grid = done.registrations, done.visits[1], done.visits[0].grid
+    assert one.spread is not None and any("Repeated 3 times" in note for note in maps.notes)
+    with xr.open_dataset(raw / "truth" / "visit2.nc", engine="h5netcdf") as truth:
+        wanted = truth["ADC"].values * truth.attrs["adc_factor"]
+    values, sd = maps["ADC"].values, maps["ADC"].sd
+    own = displacement_sd(values, grid, one.spread)
+    noise = np.sqrt(np.maximum(sd**2 - own**2, 0))
+    inner = ndimage.binary_erosion(done.visits[0].organ) & np.isfinite(wanted) & np.isfinite(sd)
+    steep = inner & (own > np.quantile(own[inner], 0.75))
+    off = np.abs(values - wanted)[steep]
+    told, untold = ((off < 1.96 * error[steep]).mean() for error in (sd, noise))
+    assert told > untold + 0.05 and told > 0.7, (told, untold)
+    first = done.visits[0]["ADC"]
+    assert "Repeated" not in " ".join(done.visits[0].notes) and np.nanmedian(first.sd) < np.nanmedian(sd[inner])
+
+
+@pytest.mark.parametrize("repeats", [1, -1])
+def test_repeats_that_tell_nothing(raw, repeats):
+    with pytest.raises(InputError, match=f"{repeats} repeats; expected 0, or 2 and more"):
+        quantify(Study.read(raw), repeats=repeats)
 
 
 def test_the_patient_can_be_written_read_and_forecast(raw, done, tmp_path):
