@@ -13,7 +13,7 @@ from biomodel.errors import ModelError
 from biomodel.parameters import Fixed, JointPrior, Parameter, Prior
 from biomodel.schedule import Schedule
 from biomodel.tables import html_table
-from biomodel.terms import Diffusion, Growth, Isotropic, Logistic, Term
+from biomodel.terms import Auxiliary, Diffusion, Growth, Isotropic, Logistic, Term
 from biomodel.treatments import Jump, Kill, Treatment
 
 
@@ -77,8 +77,14 @@ class ReactionDiffusion:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All terms: growth, diffusion, then treatments."""
-        return (self.growth, self.diffusion, *self.treatments)
+        """All terms: growth, diffusion, treatments, then the equations of auxiliary fields."""
+        return (self.growth, self.diffusion, *self.treatments, *(a.equation for a in self.auxiliaries))
+
+    @property
+    def auxiliaries(self) -> tuple[Auxiliary, ...]:
+        """Fields that follow from the cell fraction by equations of their own, each once."""
+        terms = (self.growth, self.diffusion, *self.treatments)
+        return tuple(dict.fromkeys(a for term in terms for a in term.auxiliaries))
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:

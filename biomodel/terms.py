@@ -46,6 +46,31 @@ class Term:
         """Names of the spatial fields the term reads from the context."""
         return ()
 
+    @property
+    def auxiliaries(self) -> tuple[Auxiliary, ...]:
+        """Fields that the solver works out at every step, which the term reads from the context beside `fields`."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Equation(Term):
+    """What determines an auxiliary field, as data; solvers know how to solve it (see `biomodel.mechanics`)."""
+
+    @property
+    def gives(self) -> str:
+        """Name under which terms read the field from the context."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """A field that follows from the cell fraction by an equation of its own.
+
+    A term that lists it in its `auxiliaries` reads it as ``c.<equation.gives>``; the solver solves the equation.
+    """
+
+    equation: Equation
+
 
 @dataclass(frozen=True)
 class Growth(Term):

@@ -46,7 +46,8 @@ def check_term(term: Term, fields: dict[str, float] | None = None) -> None:
         require(p.bounds[0] <= p.typical <= p.bounds[1], f"{p.name} is typically {p.typical:g}, outside {p.bounds}.")
     values = {p.name: p.typical for p in term.parameters}
     tensors = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
-    given = {name: (fields or {}).get(name, 0.5) for name in term.fields}
+    names = (*term.fields, *(a.equation.gives for a in term.auxiliaries))
+    given = {name: (fields or {}).get(name, 0.5) for name in names}
     u = np.array([0.0, 1e-6, 0.1, 0.5, 0.9, 1.0])
     x = torch.tensor(u, requires_grad=True)
 
