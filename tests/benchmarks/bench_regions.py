@@ -15,6 +15,8 @@ of the organ.
 False positives: the volume that each method reports where there is none, in exams of the same breasts in which no
 tumour ever grew, and at visits where treatment has left nothing visible.
 
+It takes about 25 minutes of CPU.
+
 With --raw the images are the raw dynamic series of :mod:`biomodel.acquisition`, which was built without these methods
 in view: two vendors are learnt from, the third is unseen; flaws of the acquisition in the mismatched setting. It takes
 about half an hour, most of it the series.
