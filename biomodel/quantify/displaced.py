@@ -11,8 +11,8 @@ from biomodel.imaging.series_grid import Grid
 __all__ = ["UNSEEN", "displacement_sd"]
 
 #: Error of registration over its spread, root mean squares: what repetitions have in common does not show in the spread
-#: (`tests/benchmarks/bench_registration.py`, which prints both).
-UNSEEN = 1.5
+#: (0.36 over 0.22 mm on the 20 virtual patients of ``tests/benchmarks/bench_registration.py``).
+UNSEEN = 1.6
 
 
 def displacement_sd(values: np.ndarray, grid: Grid, spread: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ from biomodel.imaging.regions.methods import FuzzyClusters, RegionMethod, Thresh
 from biomodel.imaging.regions.organ import breast_mask
 from biomodel.imaging.regions.tissue import Tissues
 from biomodel.imaging.registration import Rigid
-from biomodel.imaging.series import Intake, Kind, Series
+from biomodel.imaging.series import SAME_B, Intake, Kind, Series
 from biomodel.imaging.series_quality import check_intake
 from biomodel.imaging.series_signal import body
 from biomodel.imaging.t1 import SpoiledGradientEcho
@@ -42,6 +42,8 @@ __all__ = ["Settings", "measure"]
 
 #: Share of the brightening voxels whose mean curve shows when the agent arrives.
 BRIGHTEST = 0.02
+#: Least part by which those brighten, or no agent arrives; tumours and vessels do by half and more.
+LEAST_RISE = 0.1
 #: Peak of a measured input that is believable, mM in plasma: below it is no artery, above it inflow or T2* speak.
 PEAK = (1.0, 30.0)
 #: Longest time between images that shows the first pass of a bolus, s.
@@ -183,6 +185,7 @@ class _Measurement:
         with np.errstate(invalid="ignore"):
             rise = np.nanmax(signal, 1) - signal[:, 0]
         rise = np.where(np.isfinite(signal).all(1), rise, -np.inf)
+        self._arrives(signal)
         count = max(int(BRIGHTEST * len(rise)), 10)
         self.curve = signal[np.argsort(rise)[-count:]].mean(0)
         self.baseline = baseline_samples(self.curve, self.times)
@@ -191,6 +194,22 @@ class _Measurement:
             f"The agent arrives {self.arrival - self.times[0]:.0f} s after the first image; "
             f"{len(self.baseline)} images lie before it."
         )
+
+    def _arrives(self, signal: np.ndarray) -> None:
+        """Refuse a series in which nothing brightens: chosen by some images, voxels must rise in the others, too."""
+        if signal.shape[1] < 4:
+            return
+        whole = signal[np.isfinite(signal).all(1)]
+        rise = whole[:, 2::2].max(1) - whole[:, 0]
+        curve = whole[np.argsort(rise)[-max(int(BRIGHTEST * len(rise)), 10) :]].mean(0)
+        # The first image is low where it was chosen for that; the second was not chosen by.
+        gain = float(curve[1::2].max()) / max(float(curve[1]), 1e-12) - 1
+        if not gain > LEAST_RISE:
+            raise InputError(
+                f"{self.dce.name}: the voxels that brighten most do so by {100 * gain:.0f} % over "
+                f"{self.times[-1] - self.times[0]:.0f} s; expected more than {100 * LEAST_RISE:.0f} %. No contrast "
+                "agent arrives within the series, or it is there from the start: check that all images were exported."
+            )
 
     def _images(self) -> None:
         """Signal before, early and late after the agent."""
@@ -350,14 +369,26 @@ class _Measurement:
         dwi = self._here(dwi)
         assert dwi.b_values is not None
         signal = dwi.signal(self.inside)
-        rough = fit_adc(signal, dwi.b_values, directions=dwi.directions)
+        directions = self._directions(dwi)
+        rough = fit_adc(signal, dwi.b_values, directions=directions)
         # One noise level for the series: a voxel's own few residuals say little about it.
         known = np.isfinite(signal).all(1)
         sigma = residual_noise(rough, np.where(known, signal.min(1, where=known[:, None], initial=np.inf), np.nan))
-        fit = fit_adc(signal, dwi.b_values, noise=Gaussian(sigma), directions=dwi.directions,
+        fit = fit_adc(signal, dwi.b_values, noise=Gaussian(sigma), directions=directions,
                       ceiling=_ceiling(dwi))  # fmt: skip
         self._spread("ADC", "mm^2/s", fit, self.inside, "weighted log-linear, noise from all residuals")
         self.dwi = dwi
+
+    def _directions(self, dwi: Series) -> np.ndarray | None:
+        """Gradient directions, over which signals must be averaged yet; None where the scanner has done so."""
+        if dwi.directions is None or dwi.b_values is None:
+            return None
+        without = (dwi.b_values > SAME_B) & ~dwi.directions.any(1)
+        if without.any() and dwi.directions.any():
+            self.notes.append(
+                f"{int(without.sum())} of the diffusion images have no direction; all are taken as averages over them."
+            )
+        return None if without.any() else dwi.directions
 
     def _tissues(self, organ: np.ndarray) -> Tissues | None:
         if self.organ_name != "breast":

@@ -72,6 +72,14 @@ def test_exam_takes_its_images_out_of_a_series():
         Exam.of_series(data[::5], times[::5], [0], (2.0, 1.0, 1.0), early=100.0)
 
 
+def test_a_sample_that_shows_nothing_is_left_out_of_the_baseline():
+    times = np.arange(40) * 15.0
+    data = np.ones((40, 3, 4, 5)) * np.arange(1, 41)[:, None, None, None]
+    data[1, 0, 0, 0], data[:3, 1, 1, 1] = np.nan, np.nan
+    before = Exam.of_series(data, times, [0, 1, 2], (2.0, 1.0, 1.0)).before
+    assert before[0, 0, 0] == 2 and np.isnan(before[1, 1, 1]) and before[2, 2, 2] == 2
+
+
 def test_exam_refuses_images_that_do_not_fit():
     image = np.ones((3, 4, 5))
     with pytest.raises(GeometryError, match="one shape"):

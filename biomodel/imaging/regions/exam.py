@@ -112,7 +112,11 @@ class Exam:
         first, last = (int(np.abs(t - begin - after).argmin()) for after in (early, late))
         if first in samples or first == last:
             raise InputError("Exam: the series is too coarse in time: before, early and late are not three images.")
-        return cls(values[samples].mean(0), values[first], values[last], spacing, adc)
+        # Where a sample shows nothing, as at the rim after motion was corrected, the others of the baseline speak.
+        base = values[samples]
+        known = np.isfinite(base)
+        before = np.where(known, base, 0).sum(0) / np.maximum(known.sum(0), 1)
+        return cls(np.where(known.any(0), before, np.nan), values[first], values[last], spacing, adc)
 
     @property
     def shape(self) -> tuple[int, int, int]:
