@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from biomodel.errors import SolverError
+from biomodel.fenics.exchange import times
 from biomodel.fenics.pool import Pool
 from biomodel.fenics.process import Answer, Request
 
@@ -121,10 +122,6 @@ class Linear(torch.autograd.Function):
 
 def by_matrix(matrix, x: torch.Tensor) -> torch.Tensor:
     """A sparse matrix times a tensor (..., n) along its last axis."""
-
-    def times(m, a):
-        return (m @ a.reshape(-1, a.shape[-1]).T).T.reshape(*a.shape[:-1], -1)
-
     return Linear.apply(lambda a: times(matrix, a), lambda a: times(matrix.T, a), x)
 
 

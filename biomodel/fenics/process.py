@@ -31,8 +31,10 @@ INSTALL = (
 WORKER = Path(__file__).resolve().parent / "_worker"
 #: Variables that would lead the system's interpreter to libraries built for another.
 STRIPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONSTARTUP", "PYTHONUSERBASE")
-#: Where Open MPI puts what its processes share.
-SESSION_FOLDERS = ("OMPI_MCA_orte_tmpdir_base", "OMPI_MCA_btl_vader_backing_directory", "PRTE_MCA_prte_tmpdir_base")
+#: Where the worker, its compiler and Open MPI put what is temporary.
+SESSION_FOLDERS = (
+    "TMPDIR", "OMPI_MCA_orte_tmpdir_base", "OMPI_MCA_btl_vader_backing_directory", "PRTE_MCA_prte_tmpdir_base",
+)  # fmt: skip
 #: Most bytes of a dead worker's last words that are shown.
 LAST_WORDS = 1500
 
@@ -114,7 +116,8 @@ def command(python: str, ranks: int) -> list[str]:
     kind = subprocess.run([mpirun, "--version"], env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
                           text=True)  # fmt: skip
     if "Open MPI" in kind.stdout:
-        options += ["--bind-to", "none", "--oversubscribe"]
+        # Ranks that wait give their core to those that compute, as there may be fewer cores than ranks.
+        options += ["--bind-to", "none", "--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
         if os.geteuid() == 0:
             options.append("--allow-run-as-root")
     return [mpirun, *options, *alone]
@@ -132,6 +135,8 @@ class Worker:
     def __init__(self, ranks: int = 1):
         self.ranks = ranks
         self.hello: dict[str, Any] = {}
+        #: Seconds that workers of this object have computed, and the most memory of one (of its first rank), bytes.
+        self.seconds, self.peak = 0.0, 0.0
         self._process: subprocess.Popen | None = None
         self._words: BinaryIO | None = None
         self._folder: Path | None = None
@@ -160,7 +165,9 @@ class Worker:
         try:
             self._process = subprocess.Popen(
                 command(python, self.ranks), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words,
-                env={**environment(), "TUMORCAST_WORKER_FOLDER": str(self._folder),
+                # Alone, Open MPI would start a daemon, which may outlive a killed worker.
+                env={**environment(), "OMPI_MCA_ess_singleton_isolated": "1",
+                     "TUMORCAST_WORKER_FOLDER": str(self._folder),
                      **dict.fromkeys(SESSION_FOLDERS, str(self._folder))},
                 cwd="/", start_new_session=True,
             )  # fmt: skip
@@ -268,6 +275,8 @@ class Worker:
         except OSError:
             raise _Died(self._last_words()) from None
         header, arrays = self._receive(progress)
+        self.seconds += header["seconds"]
+        self.peak = max(self.peak, 1024.0 * header["peak_kilobytes"])
         return header["answer"], arrays
 
     def _receive(self, progress, skip: int = 0) -> Answer:

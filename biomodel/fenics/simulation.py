@@ -14,6 +14,7 @@ import torch
 
 from biomodel.domain import Domain
 from biomodel.errors import NotFiniteError, SolverError
+from biomodel.fenics.exchange import Exchange
 from biomodel.fenics.job import Job, Linear, LinearMap, Simulate, by_matrix
 from biomodel.fenics.mesh import BoxMesh, Mesh, Transfer
 from biomodel.fenics.pool import pool
@@ -69,6 +70,11 @@ class FenicsSimulation:
     def transfer(self) -> Transfer:
         """The maps between voxels and nodes."""
         return self.mesh.transfer(self.solver.degree)
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """The maps between voxel averages and the numbers at the nodes that a run evolves."""
+        return Exchange(self.transfer, self.solver.degree)
 
     @property
     def nodes(self) -> int:
@@ -191,9 +197,11 @@ class FenicsSimulation:
         leaves += [by_matrix(self.transfer.cellwise, values[n[2:]]) for n in cells]
         inputs = {n: x.detach().numpy() for n, x in zip((*scalars, *nodal), leaves, strict=False)}
         plain = {n: float(v) if v.ndim == 0 else v for n, v in inputs.items()}
-        program = lay_out(self.course, plan, bool(diffusing), (self.tapes.reaction, self.tapes.by_state), values,
+        diffuses = self.tapes.diffusion is not None
+        program = lay_out(self.course, plan, diffuses, (self.tapes.reaction, self.tapes.by_state), values,
                           {**plain, **self._nodal_data})  # fmt: skip
-        tables = self.course.table(values, program.days.reshape(-1)).reshape(*program.days.shape, -1)
+        tables = self.course.table(values, program.days.reshape(-1))
+        tables = tables.reshape(*program.days.shape, len(self.course.columns))
         leaves += [tables, self.course.survivals(at_nodes, program.jumps, self.nodes)]
         arrays = {"kinds": program.kinds, "lengths": program.lengths}
         arrays.update({f"node:{n}": v for n, v in self._nodal_data.items()})
@@ -313,7 +321,7 @@ class FenicsSimulation:
         SolverError
             If the initial state or the result is not finite, or the worker fails.
         """
-        return self._spread(by_matrix(self.transfer.average, self.at_nodes(params, u0, times, plan, progress)))
+        return self._spread(by_matrix(self.exchange.average, self.at_nodes(params, u0, times, plan, progress)))
 
     def at_nodes(self, params: Mapping, u0, times, plan: StepPlan | None = None, progress=None) -> torch.Tensor:
         """The same with the states at the mesh's nodes: (batch, T, nodes)."""
@@ -321,7 +329,7 @@ class FenicsSimulation:
         plan = self.plan(params, u0, times) if plan is None else replace(plan, times=self._times(times))
         if len(plan.times) != len(plan.counts):
             raise SolverError(f"the plan is for {len(plan.counts)} times, but {len(plan.times)} are asked for.")
-        nodal = Linear.apply(self.transfer.to_nodes, self.transfer.to_nodes_transposed, start)
+        nodal = Linear.apply(self.exchange.to_nodes, self.exchange.to_nodes_transposed, start)
         found = []
         for i in range(self._batch(values, start)):
             job, leaves = self._job(self._row(values, i), plan, progress)
@@ -376,11 +384,11 @@ class FenicsSimulation:
             moved = torch.as_tensor(du0, dtype=torch.float64)[..., torch.tensor(self.domain.mask)]
         states, tangents = [], []
         for i in range(batch):
-            nodal = self.transfer.to_nodes(start[i if len(start) > 1 else 0].numpy())
-            along = self.transfer.to_nodes(moved[:, i if moved.shape[1] > 1 else 0].numpy())
+            nodal = self.exchange.to_nodes(start[i if len(start) > 1 else 0].numpy())
+            along = self.exchange.to_nodes(moved[:, i if moved.shape[1] > 1 else 0].numpy())
             u, du = self._tangents(self._row(values, i), plan, wrt, nodal, along)
-            states.append(torch.from_numpy(self.transfer.average @ u.T).T)
-            tangents.append(by_matrix(self.transfer.average, torch.from_numpy(du)).transpose(0, 1))
+            states.append(torch.from_numpy(self.exchange.average @ u.T).T)
+            tangents.append(by_matrix(self.exchange.average, torch.from_numpy(du)).transpose(0, 1))
         u, du = self._spread(torch.stack(states)), self._spread(torch.stack(tangents, 1))
         if rows is None:
             return u, du
@@ -415,7 +423,7 @@ class FenicsSimulation:
         maps = []
         for i in range(self._batch(values, start)):
             job, leaves = self._job(self._row(values, i), plan)
-            nodal = self.transfer.to_nodes(start[i if len(start) > 1 else 0].numpy())
+            nodal = self.exchange.to_nodes(start[i if len(start) > 1 else 0].numpy())
             maps.append(LinearMap(job, [nodal, *(x.numpy() for x in leaves)]))
         return Linearisation(self, maps)
 
@@ -425,7 +433,7 @@ class Linearisation:
 
     def __init__(self, simulation: FenicsSimulation, maps: list[LinearMap]):
         self.simulation, self.maps = simulation, maps
-        average = simulation.transfer.average
+        average = simulation.exchange.average
         self.outputs = simulation._spread(torch.stack([torch.from_numpy(average @ m.outputs.T).T for m in maps]))
 
     def push(self, du0: torch.Tensor) -> torch.Tensor:
@@ -434,8 +442,8 @@ class Linearisation:
         x = torch.as_tensor(du0, dtype=torch.float64)[..., torch.tensor(s.domain.mask)].numpy()
         found = []
         for i, one in enumerate(self.maps):
-            moved = one.push(s.transfer.to_nodes(x[:, i if x.shape[1] > 1 else 0]))
-            found.append(by_matrix(s.transfer.average, torch.from_numpy(moved)).transpose(0, 1))
+            moved = one.push(s.exchange.to_nodes(x[:, i if x.shape[1] > 1 else 0]))
+            found.append(by_matrix(s.exchange.average, torch.from_numpy(moved)).transpose(0, 1))
         return s._spread(torch.stack(found, 1))
 
     def pull(self, cotangents: torch.Tensor) -> torch.Tensor:
@@ -444,6 +452,6 @@ class Linearisation:
         y = torch.as_tensor(cotangents, dtype=torch.float64)[..., torch.tensor(s.domain.mask)]
         found = []
         for i, one in enumerate(self.maps):
-            back = by_matrix(s.transfer.average.T, y[:, i].transpose(0, 1)).numpy()
-            found.append(torch.from_numpy(s.transfer.to_nodes_transposed(one.pull(np.ascontiguousarray(back)))))
+            back = by_matrix(s.exchange.average.T, y[:, i].transpose(0, 1)).numpy()
+            found.append(torch.from_numpy(s.exchange.to_nodes_transposed(one.pull(np.ascontiguousarray(back)))))
         return s._spread(torch.stack(found, 1))

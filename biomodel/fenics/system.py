@@ -60,7 +60,10 @@ class Tapes:
 
         def rate(u, p, c, ops):
             given = {name: getattr(c, name) for name in fields}
-            total = model.growth.rate(u, model.of(model.growth, p), Context(**given), ops)
+            # The projection of a sharp edge undershoots. Laws such as the logistic would let what is below zero run
+            # away from it; where there are no cells, none grow.
+            present = ops.where(u > 0, u, 0.0)
+            total = model.growth.rate(present, model.of(model.growth, p), Context(**given), ops)
             for term in kills:
                 level = {a: c.level[f"{term.name}.{a}"] for a in term.agents}
                 exposure = {a: c.exposure[f"{term.name}.{a}"] for a in term.agents}

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import queue
+import resource
 import shutil
 import sys
 import sysconfig
@@ -159,9 +160,11 @@ def serve(comm, server_class, failed, requests, send, found) -> None:
         request, arrays = share(comm, requests.get() if root else None)
         if request["do"] == "quit":
             return
+        began = time.monotonic()
         try:
             header, back = server.answer(request, arrays)
-            answer = ({"answer": header}, back)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            answer = ({"answer": header, "seconds": time.monotonic() - began, "peak_kilobytes": peak}, back)
         except failed as error:
             answer = ({"error": {"kind": error.kind, "text": str(error)}}, {})
         except Exception as error:
