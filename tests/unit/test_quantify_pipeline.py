@@ -78,6 +78,14 @@ def test_a_later_visit_lies_on_the_first(raw, done):
     assert abs(done.registrations[0].tumour.after / done.registrations[0].tumour.before - 1) < 0.03
 
 
+def test_the_preparation_is_stated(done):
+    """What was corrected, and what was not and why."""
+    for visit in done.visits:
+        (shading,) = [note for note in visit.notes if note.startswith("Coil shading from ")]
+        low, high = (float(word) for word in shading.split()[3:6:2])
+        assert 0.5 < low < 1 < high < 2 and "left as they are" in shading
+
+
 def test_errors_of_a_later_visit_hold_that_of_its_registration(raw, done):
     """Where the map is steep, errors from noise alone cover too little of the truth."""
     (one,), maps, grid = done.registrations, done.visits[1], done.visits[0].grid
@@ -109,7 +117,10 @@ def test_the_patient_can_be_written_read_and_forecast(raw, done, tmp_path):
     assert patient.virtual and len(patient.schedule) == len(small_patient(5).patient.schedule)
     assert patient.visits[0].adc_sd is not None and patient.visits[0].drug_map is not None
     assert patient.visits[0].drug_map[patient.visits[0].region].mean() == pytest.approx(1, abs=0.15)
-    assert (tmp_path / "P" / "quantify.html").stat().st_size > 10_000
+    page = (tmp_path / "P" / "quantify.html").read_text()
+    beside = json.loads((tmp_path / "P" / "maps" / "visit2.json").read_text())["Notes"]
+    for words in ("Coil shading from", "Registered to visit 1", "Diffusion series moved onto"):
+        assert words in page and any(words in note for note in beside)
     assert (tmp_path / "P" / "maps" / "visit2_Ktrans.json").exists()
     assert (tmp_path / "P" / "registration" / "visit2" / "registration.json").exists()
     assert (tmp_path / "P" / "dicom" / "visit1_regions.dcm").exists()
