@@ -89,7 +89,7 @@ def gap(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_difference_to_torch_falls_with_second_order(name, degree):
     model, found = MODELS[name], []

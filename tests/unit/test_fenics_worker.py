@@ -232,7 +232,7 @@ def test_a_compilation_that_was_killed_does_not_block_the_next(fresh, tmp_path):
 def test_progress_is_reported(fenics):
     built, u0 = simulation((6, 30, 30), rtol=1e-6)
     seen = []
-    built({}, u0, [60.0], plan=built.fixed_plan([60.0], [1500]), progress=seen.append)
+    built({}, u0, [60.0], plan=built.fixed_plan([60.0], [600]), progress=seen.append)
     assert len(seen) >= 2 and seen == sorted(seen) and 0 < seen[0] < 1
 
 
@@ -279,7 +279,7 @@ def kill_during(built, u0, plan, times=1):
 
 def test_a_killed_worker_is_started_again_once(fresh):
     built, u0 = simulation((6, 30, 30))
-    plan = built.fixed_plan([60.0], [150])
+    plan = built.fixed_plan([60.0], [600])
     whole = built({}, u0, [60.0], plan=plan)
     assert float((kill_during(built, u0, plan) - whole).abs().max()) < 1e-12
     error = kill_during(built, u0, plan, times=2)

@@ -101,6 +101,7 @@ class Server:
 
     def _lay_out(self, request, arrays) -> tuple[Space, Run]:
         space, diffusion, tape, slopes, wrt = self.systems.find(request["system"], "system")
+        self._told = 0.0  # every run says at once that it has begun
         scalars = request["scalars"]
         heat = None
         if diffusion is not None:
