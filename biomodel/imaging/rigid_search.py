@@ -33,7 +33,7 @@ STEPS, LEAST_STEP = 15, 0.01
 #: Least share of the region that is compared, where samples have moved out of view.
 LEAST_SEEN = 0.3
 #: Over which images of two visits are brought to one local mean and contrast, mm (standard deviation), and the part of
-#: the whole image's contrast below which places count less.
+#: the whole image's contrast below which places count less. Within a series it would let uptake look like motion.
 LOCAL, QUIET = 10.0, 0.25
 
 
@@ -66,18 +66,19 @@ def sharpened(
         From points of the fixed to points of the moving image.
     """
     sitk = simpleitk("registration")
-    even = to_itk(_local(fixed, weight > 0, grid), grid)
+    even = to_itk(_local(fixed, weight > 0, grid.spacing), grid)
+    level = to_itk(_local(moving, moving_weight > 0, moving_grid.spacing), moving_grid)
     factors = joined(grid)
     small = sitk.BinShrink(even, factors)
     share = from_itk(sitk.BinShrink(to_itk(weight.astype(np.float32), grid), factors)).astype(float)
-    other = sitk.BinShrink(to_itk(_local(moving, moving_weight > 0, moving_grid), moving_grid), joined(moving_grid))
+    other = sitk.BinShrink(level, joined(moving_grid))
     use = share > 0
     return _Reference(small, from_itk(small).astype(float), use, share[use]).search(other, start)
 
 
-def _local(values: np.ndarray, counts: np.ndarray, grid: Grid) -> np.ndarray:
-    """Values less their local mean, over their local contrast."""
-    width = [LOCAL / step for step in grid.spacing]
+def _local(values: np.ndarray, counts: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Values less their local mean, over their local contrast; voxel sides (z, y, x) in mm."""
+    width = [LOCAL / step for step in spacing]
 
     def mean(array: np.ndarray) -> np.ndarray:
         found: np.ndarray = ndimage.gaussian_filter(np.where(counts, array, 0.0), width, mode="constant") / share
@@ -91,7 +92,7 @@ def _local(values: np.ndarray, counts: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def levelled(images: Sequence[sitk.Image], inside: np.ndarray) -> list[sitk.Image]:
-    """Return images with logarithms of signals, in which uptake changes less of what moves.
+    """Return logarithms of images, in which uptake changes less of what moves.
 
     Parameters
     ----------

@@ -286,7 +286,7 @@ def within(count: int = 3, samples: int = 14) -> None:
         phase.append((found.before, found.after))
         for name, moved, seconds in (
             ("none", [np.zeros_like(points)] * samples, 0.0),
-            ("each to the first, mutual information", [pair.displacement() for pair in pairs], took),
+            ("each to the first", [pair.displacement() for pair in pairs], took),
             ("ours", [path.displacement() for path in found.transforms], longer),
         ):
             off = [np.linalg.norm(a - b, axis=-1)[organ].mean() for a, b in zip(moved[1:], true[1:], strict=True)]

@@ -13,6 +13,7 @@ from biomodel.acquisition import SIEMENS_3T, write_raw
 from biomodel.cli import app
 from biomodel.errors import InputError, UnitError
 from biomodel.imaging.registration import Rigid
+from biomodel.imaging.transforms import Transform
 from biomodel.patient import Patient
 from biomodel.quality import check
 from biomodel.quantify.displaced import displacement_sd
@@ -65,6 +66,7 @@ def test_maps_of_the_first_visit_are_near_the_truth(raw, done):
 def test_a_later_visit_lies_on_the_first(raw, done):
     with xr.open_dataset(raw / "truth" / "visit2.nc", engine="h5netcdf") as truth:
         wanted, organ = truth["T10"].values, done.visits[0].organ
+        moved = Transform(done.visits[0].grid, np.reshape(truth.attrs["motion"], (4, 4))).displacement()
     found = done.visits[1]["T1"].values
 
     def misfit(values):
@@ -74,6 +76,8 @@ def test_a_later_visit_lies_on_the_first(raw, done):
     for axis in range(3):
         for step in (-2, 2):
             assert misfit(found) < 0.8 * misfit(np.roll(found, step, axis)), (axis, step)
+    off = np.linalg.norm(done.registrations[0].displacement() - moved, axis=-1)[organ]
+    assert np.sqrt(np.mean(off**2)) < 0.3 * min(done.visits[0].grid.spacing)
     assert done.visits[1].grid.same_as(done.visits[0].grid) and done.registrations[0].visit == 2
     assert abs(done.registrations[0].tumour.after / done.registrations[0].tumour.before - 1) < 0.03
 
