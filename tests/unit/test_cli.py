@@ -528,7 +528,7 @@ def extensions(tmp_path, monkeypatch):
     entries = [
         EntryPoint("respond", "good_extension:commands", cli_group.GROUP),
         EntryPoint("respond-too", "good_extension:respond", cli_group.GROUP),
-        EntryPoint("train", "poor_extension:commands [survival]", cli_group.GROUP),
+        EntryPoint("survive", "poor_extension:commands [survival]", cli_group.GROUP),
         EntryPoint("forecast", "poor_extension:commands", cli_group.GROUP),
     ]
     monkeypatch.syspath_prepend(tmp_path)
@@ -537,7 +537,7 @@ def extensions(tmp_path, monkeypatch):
 
 def test_commands_of_other_packages(extensions):
     shown = run("--help")
-    assert shown.exit_code == 0 and "respond" in shown.output and "train" in shown.output
+    assert shown.exit_code == 0 and "respond" in shown.output and "survive" in shown.output
     assert not {"good_extension", "poor_extension"} & set(sys.modules)
     assert run("respond", "Ada").output == "hello Ada\n"
     assert run("respond-too", "Ada").output == "hello Ada\n"
@@ -546,10 +546,10 @@ def test_commands_of_other_packages(extensions):
 
 
 def test_a_missing_extra_shows_how_to_install_it(extensions):
-    missing = run("train", "x")
+    missing = run("survive", "x")
     assert missing.exit_code == 4
     assert "a_package_that_is_not_there" in missing.output
     assert "pip install 'tumorcast[survival]'" in missing.output
-    assert run("train", "--help").exit_code == 0
+    assert run("survive", "--help").exit_code == 0
     # A package cannot take the place of a command of our own.
     assert "--calibrate-on" in run("forecast", "--help").output
