@@ -24,7 +24,7 @@ __all__ = ["Clamped", "Edge", "Elastic", "StressDamped", "TractionFree"]
 WEIS = "Weis et al. 2013, Phys Med Biol 58:5851, doi:10.1088/0031-9155/58/17/5851"
 BUDDAY = "Budday et al. 2015, J Mech Behav Biomed Mater 46:318, doi:10.1016/j.jmbbm.2015.02.024"
 STYLIANOPOULOS = (
-    "a working value within the solid stress measured in tumours, Stylianopoulos et al. 2012, Proc Natl Acad Sci USA "
+    "a working value within the solid stress estimated in tumours, Stylianopoulos et al. 2012, Proc Natl Acad Sci USA "
     "109:15101, doi:10.1073/pnas.1213353109"
 )
 
@@ -62,8 +62,8 @@ class Elastic(Equation):
     tumour : Prior or None
         Young's modulus of a voxel full of tumour cells, kPa; None where cells do not stiffen the tissue.
     coupling : Prior
-        lambda, the pressure of a voxel full of cells, kPa. Solid stress of 0.4 to 19 kPa was measured in tumours
-        (Stylianopoulos et al. 2012, doi:10.1073/pnas.1213353109).
+        lambda, the pressure of a voxel full of cells, kPa. Solid stress of 2 to 19 kPa was estimated in human tumours
+        (Stylianopoulos et al. 2012, doi:10.1073/pnas.1213353109); the default lies between.
     poisson : float
         Poisson's ratio, the same everywhere.
     edge : Edge
@@ -84,7 +84,7 @@ class Elastic(Equation):
     tissues: tuple[str, ...] = ("adipose", "fibroglandular")
     moduli: tuple[Prior, ...] = (Fixed(2.0), Fixed(4.0))
     tumour: Prior | None = Fixed(20.0)
-    coupling: Prior = Fixed(2.0)
+    coupling: Prior = Fixed(10.0)
     poisson: float = 0.45
     edge: Edge = Clamped()
     source: str = WEIS
@@ -171,8 +171,9 @@ class StressDamped(Diffusion):
     base : Diffusion
         The diffusivity D0 without stress; its parameters keep their names (``diffusion.D``).
     gamma : Prior or Fixed
-        Decrease of log D per stress, 1/kPa. The default is a working value: in Weis et al. it belongs to cells per
-        voxel and other units of the pressure.
+        Decrease of log D per stress, 1/kPa. The default is a working value: with the default moduli and coupling,
+        stress at the edge of virtual breast tumours is about 0.2 kPa, so that it lowers D by a third. That of Weis et
+        al. belongs to counted cells and another unit of the coupling.
     mechanics : Elastic
 
     Raises
@@ -189,7 +190,7 @@ class StressDamped(Diffusion):
     """
 
     base: Diffusion = field(default_factory=Isotropic)
-    gamma: Prior = LogNormal(0.5, 0.7)
+    gamma: Prior = LogNormal(2.0, 0.7)
     mechanics: Elastic = field(default_factory=Elastic)
 
     def __post_init__(self):

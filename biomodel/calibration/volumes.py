@@ -35,7 +35,7 @@ BATCH = 8192
 
 def volume_parameters(model: ReactionDiffusion, first: float) -> dict[str, Parameter]:
     """Free parameters of a model on the well-mixed domain; `first` is a typical first volume, cm³."""
-    found = {n: model.parameters[n] for n in model.free if not n.startswith("diffusion.")}
+    found = {n: model.parameters[n] for n in model.free if not n.startswith(("diffusion.", "mechanics."))}
     found[VOLUME] = Parameter("volume", "cm^3", LogNormal(max(first, 1e-3), 1.0), (1e-6, 1e5),
                               "weak: around the first measured volume", "volume at the first visit")  # fmt: skip
     if not isinstance(model.growth, (Exponential, NoGrowth)):

@@ -172,23 +172,29 @@ class Simulation(torch.nn.Module):
         scale, faces = torch.ones(batch, dtype=torch.float64), None
         if self.diffuses:
             scale, faces = self._diffusion(values, batch)
+        return self._reaction_leaves(values, batch, plan), scale, faces or []
+
+    def _reaction_leaves(self, values: dict, batch: int, plan: TimePlan) -> list[torch.Tensor]:
+        """What the reaction reads, as differentiable functions of the values."""
         if self._closed(values):
             course = Course(self.model, self.schedules, plan)
-            return [c.expand(batch, plan.steps) for c in course.coefficients(values)], scale, faces or []
+            return [c.expand(batch, plan.steps) for c in course.coefficients(values)]
         if self._tabulated(values):
             rate = torch.nn.functional.pad(values[self._rate], (1,) * 6)
             nodes = RateRange(rate).nodes
             # All nodes for each of the batch, one after the other.
-            rows = max(v.shape[0] for n, v in values.items() if n in self._reacting(values) and n != self._rate)
+            others = [v.shape[0] for n, v in values.items() if n in self._reacting(values) and n != self._rate]
+            rows = max(others, default=1)
             many = {n: v.expand(rows).repeat_interleave(len(nodes)) if n != self._rate else nodes.repeat(rows)
                     for n, v in values.items() if n in self._reacting(values)}  # fmt: skip
             tables = Course(self.model, self.schedules, plan).coefficients(many)
-            return [rate, *(t.reshape(rows, len(nodes), plan.steps) for t in tables)], scale, faces or []
-        return [values[n] for n in self._reacting(values)], scale, faces or []
+            return [rate, *(t.reshape(rows, len(nodes), plan.steps) for t in tables)]
+        return [values[n] for n in self._reacting(values)]
 
-    @staticmethod
-    def _reacting(values: dict) -> list[str]:
-        return [n for n in values if not n.startswith("diffusion.")]
+    def _reacting(self, values: dict) -> list[str]:
+        """Names of the parameters of growth and treatments."""
+        terms = (self.model.growth, *self.model.treatments)
+        return [n for n in values if n.startswith(tuple(f"{t.name}." for t in terms))]
 
     def _closed(self, values: dict) -> bool:
         """Whether the reaction is a closed form with the same coefficients everywhere."""
@@ -309,10 +315,7 @@ class Simulation(torch.nn.Module):
         runs = []
         for many in (1, 2):
             plan = pilot.fixed_plan(times, [many * c for c in counts])
-            batch = pilot._batch(small, start)
-            prepared = pilot._prepare(small, batch, plan)
-            out = prepared.evolution.forward(pilot.kernels.array(pilot._pad(start, batch)))
-            runs.append([torch.as_tensor(o).to(torch.float64) for o in out])
+            runs.append([x.to(torch.float64) for x in pilot._final_states(small, start, plan)])
         worst = 0.0
         least = 1e-3 * torch.as_tensor(start).to(torch.float64).square().sum((1, 2, 3)).sqrt().cpu()
         for coarse, fine in zip(*runs, strict=True):
@@ -324,6 +327,12 @@ class Simulation(torch.nn.Module):
             if not bool(torch.isfinite(ratio).all()):
                 return math.inf
         return worst
+
+    def _final_states(self, values: dict, u0: torch.Tensor, plan: TimePlan) -> list[torch.Tensor]:
+        """States at the outputs of a plain run, without derivatives."""
+        batch = self._batch(values, u0)
+        out = self._prepare(values, batch, plan).evolution.forward(self.kernels.array(self._pad(u0, batch)))
+        return [torch.as_tensor(o) for o in out]
 
     def _extreme(self, values: dict) -> list[int]:
         """Members of the batch with the largest value of each parameter: the pilot runs those."""
@@ -350,7 +359,7 @@ class Simulation(torch.nn.Module):
                 k: coarsen(torch.tensor(np.asarray(v, float)[self._boxed])[None], mask)[0].numpy()
                 for k, v in self._extra.items()
             }
-            self._coarse = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
+            self._coarse = type(self)(self.solver, self.model, domains, self.schedules, fields, self.starts)
         return self._coarse
 
     def refined(self) -> Simulation:
@@ -371,7 +380,7 @@ class Simulation(torch.nn.Module):
                 tissues = {k: split(v) for k, v in d.tissues.items()}
                 domains.append(Domain.box(mask.shape, spacing, mask=mask, tissues=tissues))
             fields = {k: split(np.asarray(v, float)[self._boxed]) for k, v in self._extra.items()}
-            self._fine = Simulation(self.solver, self.model, domains, self.schedules, fields, self.starts)
+            self._fine = type(self)(self.solver, self.model, domains, self.schedules, fields, self.starts)
         return self._fine
 
     def grid_error(self, params: Mapping, u0, times, plan: TimePlan) -> torch.Tensor:

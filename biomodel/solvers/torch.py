@@ -13,6 +13,7 @@ from biomodel.errors import SolverError
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
 from biomodel.solvers.base import check_fields, coordinate_fields
+from biomodel.solvers.coupled import CoupledSimulation
 from biomodel.solvers.simulation import Simulation
 
 
@@ -35,6 +36,8 @@ class TorchSolver:
         ``"cpu"`` or a CUDA device.
     memory : float
         Budget in bytes for states kept for a gradient; beyond it they are checkpointed and computed again.
+    linear_rtol : float
+        Relative residual at which conjugate gradients stop, for models with mechanics.
 
     Examples
     --------
@@ -51,12 +54,15 @@ class TorchSolver:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     memory: float = 1.5e9
+    linear_rtol: float = 1e-6
 
     def __post_init__(self):
         if self.dtype not in (torch.float32, torch.float64):
             raise SolverError(f"TorchSolver: dtype {self.dtype} is not supported; use torch.float64 or torch.float32.")
         if not 1e-12 <= self.rtol <= 0.5:
             raise SolverError(f"TorchSolver: rtol is {self.rtol}; expected a number between 1e-12 and 0.5.")
+        if not 1e-14 <= self.linear_rtol <= 1e-2:
+            raise SolverError(f"TorchSolver: linear_rtol is {self.linear_rtol}; expected a number from 1e-14 to 0.01.")
         device = torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise SolverError("TorchSolver: no CUDA device is available here; use device='cpu'.")
@@ -115,4 +121,6 @@ class TorchSolver:
             if name in model.fields and name not in domains[0].tissues:
                 given.setdefault(name, place)
         check_fields(model, {**domains[0].tissues, **given})
-        return Simulation(self, model, domains, schedules, given, starts)
+        spatial = any(n > 1 for n in domains[0].shape)
+        made = CoupledSimulation if model.auxiliaries and spatial else Simulation
+        return made(self, model, domains, schedules, given, starts)

@@ -1,19 +1,22 @@
 """Mechanics as data: descriptions, their pointwise functions, and what is refused."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
 import biomodel as bm
+from biomodel.domain import Domain
 from biomodel.errors import ModelError, NotFiniteError, SolverError
 from biomodel.mechanics import Clamped, Elastic, StressDamped, TractionFree
 from biomodel.parameters import NumpyOps
 from biomodel.solvers.base import Context
 from biomodel.solvers.elastic import Body
+from biomodel.terms import Auxiliary, Equation
 from biomodel.testing import check_term
 
 SHAPE = (6, 7, 8)
-
 
 
 def test_the_model_knows_the_parameters_and_fields_of_its_equations():
@@ -87,6 +90,70 @@ def test_bodies_that_cannot_be_solved_are_refused():
         body.equilibrium(ones * torch.nan, ones, 1e-8)
     with pytest.raises(NotFiniteError, match="forces are not finite"):
         body.equilibrium(ones, ones * torch.inf, 1e-8)
+
+
+def domain(*names):
+    return Domain.box(SHAPE, (2.0, 2.0, 2.0), tissues={n: np.full(SHAPE, 1 / len(names)) for n in names})
+
+
+def damped(**terms):
+    return bm.ReactionDiffusion(diffusion=StressDamped(), **terms)
+
+
+@dataclass(frozen=True)
+class Crowded(bm.Logistic):
+    """Growth that would read the stress."""
+
+    @property
+    def auxiliaries(self):
+        return (Auxiliary(Elastic()),)
+
+
+@dataclass(frozen=True)
+class Chemistry(Equation):
+    """An equation that no solver knows."""
+
+    name = "chemistry"
+    gives = "von_mises"
+
+
+@dataclass(frozen=True)
+class Strange(StressDamped):
+    @property
+    def auxiliaries(self):
+        return (Auxiliary(Chemistry()),)
+
+
+def test_simulations_that_cannot_be_built_say_why():
+    solver, breast = bm.TorchSolver(), domain("adipose", "fibroglandular")
+    with pytest.raises(SolverError, match="needs the field fibroglandular, but the domain has adipose"):
+        solver.build(damped(), domain("adipose"), bm.Schedule())
+    with pytest.raises(SolverError, match="simulated patient by patient"):
+        solver.build(damped(), [breast, breast], bm.Schedule())
+    with pytest.raises(SolverError, match="growth reads an auxiliary field; only diffusion may"):
+        solver.build(damped(growth=Crowded()), breast, bm.Schedule())
+    with pytest.raises(SolverError, match="cannot solve Chemistry; it solves Elastic"):
+        solver.build(bm.ReactionDiffusion(diffusion=Strange()), breast, bm.Schedule())
+    with pytest.raises(SolverError, match="linear_rtol is 0.0; expected"):
+        bm.TorchSolver(linear_rtol=0.0)
+    simulation = solver.build(damped(), breast, bm.Schedule())
+    u0 = torch.full(SHAPE, 0.1, dtype=torch.float64)
+    with pytest.raises(SolverError, match="growth rate that is a field cannot be linearised with mechanics"):
+        simulation.linearise({}, u0, [5.0], rate=True)
+    with pytest.raises(SolverError, match="'growth.kk' is not a scalar parameter"):
+        simulation.sensitivities({}, u0, [5.0], ["growth.kk"])
+    with pytest.raises(SolverError, match="times must increase"):
+        simulation({}, u0, [5.0, 2.0], plan=simulation.fixed_plan([5.0, 2.0], [1, 1]))
+    with pytest.raises(SolverError, match="Young's modulus falls to"):
+        simulation({}, -u0 - 2.0, [5.0])
+
+
+def test_states_at_the_start_and_repeated_times():
+    simulation = bm.TorchSolver().build(damped(), domain("adipose", "fibroglandular"), bm.Schedule())
+    u0 = torch.zeros(SHAPE, dtype=torch.float64)
+    u0[2:4, 2:5, 3:6] = 0.6
+    u = simulation({}, u0, [0.0, 5.0, 5.0])[0]
+    assert torch.equal(u[0], u0) and torch.equal(u[1], u[2]) and bool((u[1] != u0).any())
 
 
 def test_a_solve_that_does_not_converge_says_so(monkeypatch):
