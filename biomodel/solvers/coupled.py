@@ -148,8 +148,32 @@ class CoupledSimulation(Simulation):
     def _start(self, u0: torch.Tensor, batch: int) -> torch.Tensor:
         return u0.to(self.solver.dtype).expand(batch, *u0.shape[1:])
 
-    def stress(self, u: torch.Tensor, values: Mapping[str, torch.Tensor],
-               recycled: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def stress(self, params: Mapping, u) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stress and displacement that given cell fractions make; differentiable.
+
+        Parameters
+        ----------
+        params : mapping
+            Values by global name, as for `forward`.
+        u : array or Tensor, shape (z, y, x) or (batch, z, y, x)
+
+        Returns
+        -------
+        von_mises : Tensor, shape (batch, z, y, x)
+            Of the mean stress in each voxel, kPa; 0 outside the mask.
+        displacement : Tensor, shape (batch, 3, z, y, x)
+            Mean over each voxel, components (x, y, z) along the grid's axes, mm; 0 outside the mask.
+        """
+        values, u = self._values(params), self._state(u)
+        von_mises, w = self._stress(u.expand(self._batch(values, u), *u.shape[1:]), values)
+        for axis in (-3, -2, -1):
+            n = w.shape[axis] - 1
+            w = (w.narrow(axis, 0, n) + w.narrow(axis, 1, n)) / 2
+        nz, ny, nx = self.mask.shape[1:]
+        return self._unbox(von_mises), self._unbox(torch.where(self.mask, w[..., :nz, :ny, :nx], 0.0))
+
+    def _stress(self, u: torch.Tensor, values: Mapping[str, torch.Tensor],
+                recycled: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Von Mises stress (batch, z, y, x), kPa, and displacements at the voxels' corners, mm, on the computing box.
 
         Parameters
@@ -177,7 +201,7 @@ class CoupledSimulation(Simulation):
 
     def _refresh(self, u: torch.Tensor, values: dict, known: tuple[torch.Tensor, ...]) -> _Memory:
         """Conductances at the stress of a state."""
-        von_mises, w = self.stress(u, values, known)
+        von_mises, w = self._stress(u, values, known)
         return _Memory(self._faces(von_mises, values), (w.detach(), *known)[:RECYCLED])
 
     def _step(self, u: torch.Tensor, h: float, memory: _Memory, values: dict) -> tuple[torch.Tensor, _Memory]:

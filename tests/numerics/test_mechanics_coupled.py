@@ -290,10 +290,12 @@ def test_linearisation_is_the_derivative_with_the_stress_held():
 
 def test_stress_scales_and_torch_kernels_agree(monkeypatch):
     simulation, u0 = treated((4, 9, 10), linear_rtol=1e-11)
-    values, u = simulation._values({}), u0[None]
-    one, _ = simulation.stress(u, values)
-    twice, _ = simulation.stress(u, simulation._values({"mechanics.coupling": 20.0}))
+    one, w = simulation.stress({}, u0)
+    twice, w2 = simulation.stress({"mechanics.coupling": 20.0}, u0)
     np.testing.assert_allclose(twice, 2 * one, atol=1e-5)
+    np.testing.assert_allclose(w2, 2 * w, rtol=1e-8, atol=1e-12)
+    # Cells push outwards: the displacement is away from the tumour's centre, which lies 2 mm off the middle.
+    assert w.shape == (1, 3, *u0.shape) and float(w[0, 0, :, :, -3].min()) > 0 > float(w[0, 0, :, :, 2].max())
     plan = simulation.fixed_plan(TIMES, [3, 4])
     found = simulation({}, u0, TIMES, plan=plan)
     simulation.kernels = TorchKernels
