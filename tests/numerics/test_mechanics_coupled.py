@@ -294,8 +294,12 @@ def test_stress_scales_and_torch_kernels_agree(monkeypatch):
     twice, w2 = simulation.stress({"mechanics.coupling": 20.0}, u0)
     np.testing.assert_allclose(twice, 2 * one, atol=1e-5)
     np.testing.assert_allclose(w2, 2 * w, rtol=1e-8, atol=1e-12)
-    # Cells push outwards: the displacement is away from the tumour's centre, which lies 2 mm off the middle.
-    assert w.shape == (1, 3, *u0.shape) and float(w[0, 0, :, :, -3].min()) > 0 > float(w[0, 0, :, :, 2].max())
+    # Cells push outwards along every axis.
+    coords = simulation.domains[0].coords
+    for c, axis in enumerate("xyz"):
+        place = torch.tensor(coords[axis]).reshape([-1 if a == axis else 1 for a in "zyx"])
+        away = place - (place * u0).sum() / u0.sum()
+        assert float((w[0, c] * away * u0).sum()) > 0
     plan = simulation.fixed_plan(TIMES, [3, 4])
     found = simulation({}, u0, TIMES, plan=plan)
     simulation.kernels = TorchKernels
