@@ -25,6 +25,10 @@ __all__ = ["OrganGeometry", "OrganMesh"]
 
 #: Seconds after which gmsh is taken to be stuck.
 PATIENCE = 900.0
+#: Largest share of the organ's volume by which a mesh may differ before its boundary is fitted to the volume.
+MISSED = 0.15
+#: Size to ask of gmsh for edges of median length 1: its tetrahedra come out longer.
+ASKED = {2: 1.0, 3: 0.8}
 #: Debian's packages of the libraries that gmsh's wheel expects on the system.
 PACKAGES = {
     "libGLU": "libglu1-mesa", "libGL": "libgl1", "libXrender": "libxrender1", "libXcursor": "libxcursor1",
@@ -78,8 +82,8 @@ class OrganMesh:
         A domain whose mask is the region that needs small cells, usually the tumour's, on any grid with the same axes
         (`OrganMesh.around` makes it). Without it all cells have the size `fine`.
     fine : float, optional
-        Length of edges in the region and up to `margin` around it, mm; by default the geometric mean of the voxel's
-        edges.
+        Median length of edges in the region and up to `margin` around it, mm; by default the geometric mean of the
+        voxel's edges.
     coarse : float, optional
         Longest edges, mm; by default four times `fine`.
     margin : float
@@ -87,15 +91,15 @@ class OrganMesh:
     grading : float
         How much longer edges become per mm of distance.
     smooth : float
-        Standard deviation of the Gaussian that smooths the mask, in voxels. The default removes the voxels' steps;
-        details of about a voxel go with them.
+        Standard deviation of the Gaussians that smooth the mask, in voxels. The default removes the voxels' steps;
+        details of a voxel or two go with them.
 
     Examples
     --------
     >>> import numpy as np
     >>> import biomodel as bm
     >>> OrganMesh(fine=2.0).finer()
-    OrganMesh(focus=None, fine=1.0, coarse=None, margin=5.0, grading=0.3, smooth=0.8)
+    OrganMesh(focus=None, fine=1.0, coarse=None, margin=5.0, grading=0.3, smooth=1.0)
     """
 
     focus: Domain | None = None
@@ -103,7 +107,7 @@ class OrganMesh:
     coarse: float | None = None
     margin: float = 5.0
     grading: float = 0.3
-    smooth: float = 0.8
+    smooth: float = 1.0
 
     def __post_init__(self):
         for name, low, high in (("fine", 0, 1e3), ("coarse", 0, 1e3), ("grading", 0, 1), ("smooth", 0, 5)):
@@ -157,9 +161,10 @@ class OrganMesh:
             raise GeometryError(f"OrganMesh: the domain has {len(axes)} axes with more than one voxel; expected two or "
                                 "three. Use BoxMesh.")  # fmt: skip
         boundary = mask_boundary(domain, axes, self.smooth)
-        points, cells = run_gmsh(boundary, axes, *self._size_field(domain, axes))
-        _require_whole(cells, boundary)
+        sizes, first, step = self._size_field(domain, axes)
+        points, cells = run_gmsh(boundary, axes, ASKED[len(axes)] * sizes, first, step)
         volume = float(domain.mask.sum()) * math.prod(domain.spacing[2 - a] for a in axes)
+        _require_shape(points, cells, boundary, volume, axes)
         fitted = fit_volume(points, cells, boundary, volume, axes)
         moved = float(np.linalg.norm(fitted - points, axis=1).max())
         centre = [float(domain.coords[n][0]) for n in "xyz"]
@@ -247,7 +252,7 @@ def _failed(ended: subprocess.CompletedProcess, axes: tuple[int, ...]) -> str:
     said = "; ".join(dict.fromkeys(lines[-4:])) or f"it ended with status {ended.returncode} and no words"
     return (
         f"OrganMesh: gmsh could not fill the organ{region}: {said}. Thin parts and narrow gaps there need smaller "
-        "cells (coarse, fine), or a smoother boundary (smooth=1.2); BoxMesh always works."
+        "cells (coarse, fine), or a smoother boundary (smooth=1.5); BoxMesh always works."
     )
 
 
@@ -263,13 +268,23 @@ def boundary_facets(cells: np.ndarray) -> np.ndarray:
     return np.concatenate((facets, np.concatenate(opposite)[:, None]), 1)[first[count == 1]]
 
 
-def _require_whole(cells: np.ndarray, boundary: Boundary) -> None:
-    """Raise where the mesh has other holes than the boundary it was made from."""
-    found = closed_parts(boundary_facets(cells)[:, :-1]).max()
+def _require_shape(points: np.ndarray, cells: np.ndarray, boundary: Boundary, volume: float,
+                   axes: tuple[int, ...]) -> None:  # fmt: skip
+    """Raise where the mesh has not the shape of the boundary it was made from, as its cells are too large for that."""
+    facets = boundary_facets(cells)[:, :-1]
+    found = closed_parts(facets).max()
     if found != boundary.holes:
         raise SolverError(
             f"OrganMesh: gmsh returned a mesh with {found} holes for an organ with {boundary.holes}. Use smaller cells "
             "(coarse, fine), or BoxMesh."
+        )
+    corners = points[cells]
+    share = float(np.abs(np.linalg.det(corners[:, 1:] - corners[:, :1])).sum()) / math.factorial(len(axes)) / volume
+    if abs(share - 1) > MISSED:
+        far = cKDTree(np.concatenate((points, points[facets].mean(1)))).query(boundary.points)[0].argmax()
+        raise SolverError(
+            f"OrganMesh: the cells are too large for the organ's shape: the mesh holds {100 * share:.0f} % of its "
+            f"volume, and misses it most around {place(boundary.points[far], axes)}. Use smaller cells (coarse, fine)."
         )
 
 

@@ -4,11 +4,12 @@ Each cell is cut along the voxels' planes, which makes the integrals over cell �
 that is not enough: a smooth mesh leaves corners of the mask's voxels empty and bulges beyond others, so that a voxel's
 average over what it shares with the mesh stands for another volume and another place than the voxel. `balance`
 therefore changes the weights as little as possible, until every voxel stands for its whole volume, every node for the
-integral of its shape function, and linear fields are reproduced.
+integral of its shape function, and linear fields are reproduced but for a small part of a voxel.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 
 __all__ = ["balance", "cut_transfer", "outside_volume"]
 
-#: How little moments may give way, as a share of a row's weight. With 0 linear fields would be reproduced to the last
-#: digit, but volume that lacks far away could not move there.
-FREEDOM = 1e-4
-#: Mean square distance, in voxels, along an axis from a voxel to the nodes of cells of its size. Beyond, in cells far
-#: larger than voxels, the few nodes around leave no choice, and moments give way more.
-CLOSE = 0.25
+#: Near the boundary what the voxels' steps and the smooth mesh lack against each other is exchanged over a few voxels:
+#: moments are kept (this is how little they may give way, as a share of a row's weight) ...
+STRICT = 1e-6
+#: ... but waves longer than about 2 pi / SOFT^(1/4) = 17 voxels are left out. To exchange them without moments would
+#: take large weights of both signs all through the organ, which spoil sharp edges inside.
+SOFT = 0.02
+#: What is left, some thousandths of a voxel, is a slight displacement: here moments give way.
+FREEDOM = 0.3
 #: Largest error of the sums, relative to the largest sum; it bounds the mass that a transfer may lose.
 ERROR = 1e-13
 #: Edge of the blocks, in voxels, on which long waves are solved for.
@@ -48,11 +51,10 @@ def balance(
     sums: np.ndarray,
     moments: np.ndarray,
     totals: np.ndarray,
-    freedom: float | np.ndarray = FREEDOM,
 ) -> sparse.csr_array:
     """Change a matrix as little as possible, so that its rows and columns have given sums and its rows given moments.
 
-    Minimises the sum of change² / weight, plus a penalty on the errors of the moments; the sums are exact.
+    The sums are exact. Moments are for short waves, and err for long ones by a small part of a voxel.
 
     Parameters
     ----------
@@ -66,47 +68,25 @@ def balance(
         Wanted sums over a row of entry times (column's place - row's place).
     totals : ndarray, shape (c,)
         Wanted sums of columns; altogether as much as `sums`.
-    freedom : float or ndarray, shape (r,)
-        How far moments may give way, as a share of a row's weight, above 0.
 
     Raises
     ------
     SolverError
         If no such matrix is found.
     """
-    w = sparse.coo_array(weights)
-    i, j = w.coords
-    one = np.concatenate((np.ones((len(i), 1)), columns[j] - rows[i]), 1)
-    terms = range(one.shape[1])
-    gram = np.array([[np.bincount(i, w.data * one[:, a] * one[:, b], len(rows)) for a in terms] for b in terms])
-    gram = gram.transpose(2, 0, 1)
-    size = gram[:, 0, 0].copy()
-    gram[:, 1:, 1:] += (freedom * size)[:, None, None] * np.eye(len(terms) - 1)
-    inverse = np.linalg.inv(gram)
-    # The multipliers of a row (of its sum and moments) follow from those of the columns; what remains is one symmetric
-    # equation per column, diag(weights of columns) - half' half.
-    moved = [sparse.csr_array((w.data * one[:, a], (i, j)), w.shape) for a in terms]
-    root = np.linalg.cholesky(inverse)
-    half = sparse.vstack([sum(sparse.diags_array(root[:, a, b]) @ moved[a] for a in terms) for b in terms],
-                         format="csr")  # fmt: skip
-    solve = _solver(half, np.bincount(j, w.data, len(columns)), columns)
-    aim, error = ERROR * float(np.abs(totals).max()), math.inf
     v = sparse.coo_array(values)
     to, at = v.coords
     have = [np.bincount(to, v.data * (columns[at, a] - rows[to, a]), len(rows)) for a in range(columns.shape[1])]
-    lacking = np.concatenate((sums[:, None], moments - np.stack(have, 1)), 1)
+    near = _Changes(weights, rows, columns, STRICT, SOFT)
+    values = near.apply(values, sums, moments - np.stack(have, 1), totals)
+    far = _Changes(weights, rows, columns, FREEDOM, 0.0)
+    aim, error = ERROR * float(np.abs(totals).max()), math.inf
     for _ in range(8):  # rounding ends each pass early: multipliers are large where changes are small
-        lacking[:, 0], right = sums - values.sum(1), totals - values.sum(0)
-        before, error = error, max(float(np.abs(lacking[:, 0]).max()), float(np.abs(right).max()))
+        before = error
+        error = max(float(np.abs(sums - values.sum(1)).max()), float(np.abs(totals - values.sum(0)).max()))
         if error <= aim or error > before / 2:
             break
-        start = np.einsum("rab,rb->ra", inverse, lacking)
-        right = right - sum(moved[a].T @ start[:, a] for a in terms)
-        g = solve(right, 1e-6 * float(np.linalg.norm(right)))
-        start -= np.einsum("rab,rb->ra", inverse, np.stack([m @ g for m in moved], 1))
-        change = w.data * (np.einsum("ka,ka->k", one, start[i]) + g[j])
-        values = sparse.csr_array(values + sparse.csr_array((change, (i, j)), w.shape))
-        lacking[:, 1:] = 0.0  # the moments have had their say
+        values = far.apply(values, sums, np.zeros_like(moments), totals)
     if not error <= 100 * aim:
         raise SolverError(
             "the voxels and the mesh could not be matched: somewhere the mesh leaves the mask by more than a voxel. "
@@ -115,12 +95,50 @@ def balance(
     return values
 
 
-def _solver(half: sparse.csr_array, diagonal: np.ndarray,
-            places: np.ndarray) -> Callable[[np.ndarray, float], np.ndarray]:  # fmt: skip
-    """Solves (diag(diagonal) - half' half) g = right to a residual, by conjugate gradients.
+class _Changes:
+    """The smallest changes of a matrix's entries that make up for what its sums and moments lack.
 
-    The operator is about a bilaplacian, to which diagonal scaling leaves the long waves; these are solved for on blocks
-    of voxels, on each of which g is linear.
+    Minimises half the sum of change² / weight, of (what a row's moments still lack)² / (`freedom` times the row's
+    weight), and of (what a column's sum still lacks)² / (`soft` times the column's weight).
+    """
+
+    def __init__(self, weights: sparse.csr_array, rows: np.ndarray, columns: np.ndarray, freedom: float, soft: float):
+        w = sparse.coo_array(weights)
+        self.weights, self.shape = w.data, w.shape
+        self.i, self.j = w.coords
+        self.one = np.concatenate((np.ones((w.nnz, 1)), columns[self.j] - rows[self.i]), 1)
+        terms = range(self.one.shape[1])
+        self.moved = [sparse.csr_array((w.data * self.one[:, a], w.coords), w.shape) for a in terms]
+        gram = np.empty((len(rows), len(terms), len(terms)))
+        for a, b in itertools.product(terms, terms):
+            gram[:, a, b] = np.bincount(self.i, w.data * self.one[:, a] * self.one[:, b], len(rows))
+        gram[:, 1:, 1:] += freedom * gram[:, 0, 0, None, None] * np.eye(len(terms) - 1)
+        self.inverse = np.linalg.inv(gram)
+        root = np.linalg.cholesky(self.inverse)
+        # Multipliers of the rows follow from those of the columns; what remains is one symmetric equation per column,
+        # diag(weights of columns) - half' half.
+        half = sparse.vstack([sum(sparse.diags_array(root[:, a, b]) @ self.moved[a] for a in terms) for b in terms],
+                             format="csr")  # fmt: skip
+        self.solve = _solver(half, (1 + soft) * np.bincount(self.j, w.data, len(columns)), columns, soft == 0)
+
+    def apply(self, values: sparse.csr_array, sums: np.ndarray, moments: np.ndarray,
+              totals: np.ndarray) -> sparse.csr_array:  # fmt: skip
+        """The matrix changed: `sums` of rows and `totals` of columns are wanted, `moments` what is lacking."""
+        lacking = np.concatenate(((sums - values.sum(1))[:, None], moments), 1)
+        start = np.einsum("rab,rb->ra", self.inverse, lacking)
+        right = totals - values.sum(0) - sum(m.T @ start[:, a] for a, m in enumerate(self.moved))
+        g = self.solve(right)
+        start -= np.einsum("rab,rb->ra", self.inverse, np.stack([m @ g for m in self.moved], 1))
+        change = self.weights * (np.einsum("ka,ka->k", self.one, start[self.i]) + g[self.j])
+        return sparse.csr_array(values + sparse.csr_array((change, (self.i, self.j)), self.shape))
+
+
+def _solver(half: sparse.csr_array, diagonal: np.ndarray, places: np.ndarray,
+            singular: bool) -> Callable[[np.ndarray], np.ndarray]:  # fmt: skip
+    """Solves (diag(diagonal) - half' half) g = right by conjugate gradients.
+
+    Diagonal scaling leaves the long waves; these are solved for on blocks of voxels, on each of which g is linear.
+    Where the equations are singular, a constant solves them for nothing.
     """
     n = len(diagonal)
     back = half.T.tocsr()
@@ -137,17 +155,19 @@ def _solver(half: sparse.csr_array, diagonal: np.ndarray,
     ridge = 1e-9 * np.maximum(coarse.diagonal(), 1e-9 * coarse.diagonal().max())
     factors = splu(sparse.csc_array(coarse + sparse.diags_array(ridge)))
 
+    def centred(r: np.ndarray) -> np.ndarray:
+        return r - r.mean() if singular else r
+
     def precondition(r: np.ndarray) -> np.ndarray:
-        r = r - r.mean()
-        z = r / local + blocks @ factors.solve(blocks.T @ r)
-        return z - z.mean()  # a constant changes nothing
+        r = centred(r)
+        return centred(r / local + blocks @ factors.solve(blocks.T @ r))
 
     operator = LinearOperator((n, n), matvec=lambda g: diagonal * g - back @ (half @ g), dtype=float)
     preconditioner = LinearOperator((n, n), matvec=precondition, dtype=float)
 
-    def solve(right: np.ndarray, residual: float) -> np.ndarray:
-        # What all columns lack together is rounding; the caller sees whether the rest was found.
-        return cg(operator, right - right.mean(), rtol=0.0, atol=residual, maxiter=1000, M=preconditioner)[0]
+    def solve(right: np.ndarray) -> np.ndarray:
+        # The caller sees whether it was found.
+        return cg(operator, centred(right), rtol=1e-6, maxiter=1000, M=preconditioner)[0]
 
     return solve
 
@@ -199,14 +219,10 @@ def cut_transfer(mesh: Mesh, degree: int) -> Transfer:
     first = mass @ places - totals[:, None] * places
     per_voxel = sparse.csr_array(squares.T)
     per_voxel = sparse.diags_array(size / per_voxel.sum(1)) @ per_voxel
-    at = per_voxel.tocoo().coords
-    spread = ((places[at[1]] - centres[at[0]]) ** 2).mean(1) * per_voxel.tocoo().data
-    spread = np.bincount(at[0], spread, len(centres)) / size
-    average = balance(sparse.csr_array(overlap.T), per_voxel, centres, places, voxels, np.zeros_like(centres), totals,
-                      FREEDOM * np.maximum(1.0, spread / CLOSE) ** 2)  # fmt: skip
+    nodal = sparse.diags_array(1 / squares.sum(1)) @ squares
+    average = balance(sparse.csr_array(overlap.T), per_voxel, centres, places, voxels, np.zeros_like(centres), totals)
     wide = squares + squares @ _neighbours(domain, axes) / (2 * len(axes))
     load = balance(sparse.csr_array(load), sparse.csr_array(wide), places, centres, totals, first, voxels)
-    nodal = sparse.diags_array(1 / squares.sum(1)) @ squares
     return Transfer(sparse.csr_array(average / size), load, mass, sparse.csr_array(nodal), cellwise)
 
 
