@@ -112,14 +112,14 @@ class Elastic(Equation):
 
     @classmethod
     def brain(cls, edge: Edge = Clamped()) -> Elastic:
-        """White and grey matter and ventricles.
+        """White and grey matter and ventricles, as the fields ``white``, ``grey`` and ``ventricles``.
 
         Moduli of white and grey matter: Budday et al. 2015, doi:10.1016/j.jmbbm.2015.02.024 (indentation). Fluid that
         can flow away from the ventricles is taken as a soft solid (a working value), and the tumour as twice as stiff
         as white matter (a working value).
         """
         return cls(
-            ("white_matter", "grey_matter", "ventricles"), (Fixed(1.895), Fixed(1.389), Fixed(0.2)),
+            ("white", "grey", "ventricles"), (Fixed(1.895), Fixed(1.389), Fixed(0.2)),
             tumour=Fixed(3.8), edge=edge, source=BUDDAY,
         )  # fmt: skip
 

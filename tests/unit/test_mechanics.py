@@ -49,7 +49,7 @@ def test_descriptions_are_data():
     assert Elastic() == Elastic() and hash(Elastic()) == hash(Elastic())
     assert Elastic(edge=TractionFree()) != Elastic(edge=Clamped())
     brain = Elastic.brain()
-    assert brain.fields == ("white_matter", "grey_matter", "ventricles")
+    assert brain.fields == ("white", "grey", "ventricles")
     assert all("doi:" in q.source for q in (*brain.parameters, *Elastic().parameters))
 
 
