@@ -4,6 +4,9 @@ A step of length h reacts for h / 2, diffuses for h, and reacts for h / 2; neigh
 joined. Stress is solved once per step, at a prediction of the state in the middle of the diffusion: half a step of
 diffusion with the conductances of the step before. That is second order in h. Doses are exact at any time, as without
 mechanics; fractions of radiotherapy, at which stress jumps, end a step.
+
+In space it is second order too, where the stress is smooth. Von Mises stress has a kink where it is zero: exact
+solutions that come near zero inside were seen to converge with orders of 1.85 to 1.93 on 12³ to 48³ voxels.
 """
 
 from __future__ import annotations
