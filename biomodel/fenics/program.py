@@ -6,7 +6,8 @@ A dose never ends a step of diffusion; the reaction is cut there, so that doses 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,8 @@ class Course:
 
     def __init__(self, model: ReactionDiffusion, schedule: Schedule, start: float):
         self.model, self.start = model, start
+        #: Days at which a step of diffusion must end: those at which its coefficient jumps with the state.
+        self.stops = np.unique([f.day for f in schedule.fractions]) if model.auxiliaries else np.zeros(0)
         self.doses: dict[tuple[str, str], list[tuple[float, float]]] = {}
         self.kills: list[Kill] = []
         self.jumps: list[tuple[Jump, float, float]] = []
@@ -118,16 +121,22 @@ class Course:
             if time < now - RESOLUTION:
                 raise SolverError(f"times must increase and not lie before day {self.start:g}; found {time:g}.")
             if count:
-                h = (time - now) / count
-                if diffuses:
-                    for i in range(count):
-                        middle = now + (i + 0.5) * h
-                        found += [*self._pieces(since, middle), (DIFFUSE, h)]
-                        since = middle
+                for middle, h in self._steps(now, time, count) if diffuses else ():
+                    found += [*self._pieces(since, middle), (DIFFUSE, h)]
+                    since = middle
                 found += self._pieces(since, time)
                 now = since = time
             found.append((OUTPUT,))
         return found
+
+    def _steps(self, a: float, b: float, count: int) -> Iterator[tuple[float, float]]:
+        """Middle and length of at least that many steps of diffusion between two days."""
+        inner = self.stops[(self.stops > a + RESOLUTION) & (self.stops < b - RESOLUTION)]
+        knots = [a, *inner.tolist(), b]
+        for low, high in zip(knots[:-1], knots[1:], strict=True):
+            n = max(1, math.ceil(count * (high - low) / (b - a) - 1e-9))
+            for i in range(n):
+                yield low + (i + 0.5) * (high - low) / n, (high - low) / n
 
     def _pieces(self, a: float, b: float) -> list[tuple]:
         inner = self.breaks[(self.breaks > a + RESOLUTION) & (self.breaks < b - RESOLUTION)]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from biomodel.domain import Domain
 from biomodel.errors import NotFiniteError, SolverError
 from biomodel.fenics.exchange import Exchange
 from biomodel.fenics.job import Job, Linear, LinearMap, Simulate, by_matrix
+from biomodel.fenics.mechanics import NO_GRADIENT, Tissue, displacement_on_voxels, von_mises_on_voxels
 from biomodel.fenics.mesh import BoxMesh, Mesh, Transfer
 from biomodel.fenics.pool import pool
 from biomodel.fenics.process import Request
 from biomodel.fenics.program import Course, StepPlan, lay_out
 from biomodel.fenics.system import PLACES, Tapes
+from biomodel.mechanics import Clamped
 from biomodel.solvers.base import coordinate_fields
 from biomodel.solvers.evolution import directional
 from biomodel.solvers.grids import coarsen
@@ -34,6 +36,8 @@ MOST_STEPS = 20_000
 SAFETY = 0.5
 #: Most nodes of the mesh on which steps are tried out.
 PILOT = 20_000
+#: The same where each step also solves for the stress.
+COUPLED_PILOT = 4_000
 
 
 class FenicsSimulation:
@@ -50,6 +54,7 @@ class FenicsSimulation:
         self.shape = domain.shape
         self._extra = {n: np.asarray(v, float) for n, v in fields.items()}
         self.course = Course(model, schedule, start)
+        self.tissue = Tissue.of(model, domain)
         self.tapes = Tapes.of(model, self.course.kills, self.course.columns)
         given = {**coordinate_fields(domain), **domain.tissues, **self._extra}
         self.fields = {n: np.asarray(given[n], float)[domain.mask] for n in model.fields}
@@ -84,7 +89,7 @@ class FenicsSimulation:
     @cached_property
     def _space(self) -> Request:
         arrays = {"points": self.mesh.points, "cells": self.mesh.cells, "edges": self.mesh.edges}
-        if self.solver.degree == 1:
+        if self.solver.degree == 1 and (self.tissue is None or self.solver.displacement_degree == 1):
             arrays["edges"] = np.zeros((0, 2), np.int64)
         mark = hashlib.sha1(str(self.solver.degree).encode())
         for a in arrays.values():
@@ -105,7 +110,18 @@ class FenicsSimulation:
     def _cell_data(self) -> dict[str, np.ndarray]:
         names = self.tapes.diffusion.inputs if self.tapes.diffusion else ()
         return {n: self.transfer.cellwise @ self.fields[n[2:]] for n in names
-                if n.startswith("c.") and not self._is_place(n[2:])}  # fmt: skip
+                if n[2:] in self.fields and not self._is_place(n[2:])}  # fmt: skip
+
+    @cached_property
+    def _body_data(self) -> dict[str, np.ndarray]:
+        """Fields that moduli and pressure read, by cells."""
+        centres = dict(zip(self.mesh.axes, self.mesh.points[self.mesh.cells].mean(1).T, strict=True))
+        found = {}
+        for name in self.tissue.inputs if self.tissue else ():
+            if name.startswith("c."):
+                axis = PLACES.index(name[2:]) if self._is_place(name[2:]) else -1
+                found[name] = centres[axis] if axis in centres else self.transfer.cellwise @ self.fields[name[2:]]
+        return found
 
     def _is_place(self, name: str) -> bool:
         return name in PLACES and name not in self._extra and name not in self.domain.tissues
@@ -186,7 +202,8 @@ class FenicsSimulation:
 
     def _job(self, values: dict, plan: StepPlan, progress=None) -> tuple[Job, list[torch.Tensor]]:
         """The run of one member of a batch: its job, and its leaves but the initial state."""
-        diffusing = self.tapes.diffusion.inputs if self.tapes.diffusion else ()
+        diffusing = (*(self.tapes.diffusion.inputs if self.tapes.diffusion else ()),
+                     *(self.tissue.inputs if self.tissue else ()))  # fmt: skip
         used = [n for n in dict.fromkeys((*self.tapes.reaction.inputs, *diffusing)) if n.startswith("p.")]
         scalars = tuple(n for n in used if values[n[2:]].ndim == 0)
         nodal = tuple(n for n in used if n not in scalars and n in self.tapes.reaction.inputs)
@@ -206,11 +223,20 @@ class FenicsSimulation:
         arrays = {"kinds": program.kinds, "lengths": program.lengths}
         arrays.update({f"node:{n}": v for n, v in self._nodal_data.items()})
         arrays.update({f"cell:{n}": v for n, v in self._cell_data.items()})
-        system = self.tapes.system(self._space[0]["key"], self.mesh, [*self._cell_data, *cells])
+        arrays.update({f"body:{n}": v for n, v in self._body_data.items()})
+        system = self._system(cells)
         header = {"system": system["key"], "columns": self.course.columns, "tolerance": self.solver.linear_rtol,
                   "memory": self.solver.memory}  # fmt: skip
         return Job(pool(self.solver.ranks), [self._space, (system, {})], header, arrays, scalars, nodal, cells,
-                   frozenset(diffusing), progress), leaves  # fmt: skip
+                   frozenset(diffusing), progress, NO_GRADIENT if self.tissue else ""), leaves  # fmt: skip
+
+    def _system(self, cells: Sequence[str]) -> dict[str, Any]:
+        """The request that makes the forms, where these parameters are fields."""
+        fields, tissue = [*self._cell_data, *cells], None
+        if self.tissue is not None:
+            fields.append(self.tissue.gives)
+            tissue = self.tissue.header(self.solver.displacement_degree, self.solver.stress_rtol)
+        return self.tapes.system(self._space[0]["key"], self.mesh, fields, tissue)
 
     # Time ------------------------------------------------------------------------------------------------------------
 
@@ -268,11 +294,16 @@ class FenicsSimulation:
         """The simulation on which steps are tried out, with parameters and initial state to match."""
         params = {n: v if v.ndim == 0 else self._spread(v) for n, v in row.items()}
         here: FenicsSimulation = self
-        while here.nodes > PILOT and max(here.shape) > 8:
+        while here.nodes > (PILOT if self.tissue is None else COUPLED_PILOT) and max(here.shape) > 8:
+            try:
+                coarser = here._coarser
+            except SolverError:
+                # Clamped on both sides, larger voxels could not move.
+                break
             mask = torch.tensor(here.domain.mask)[None]
             params = {n: v if v.ndim == 0 else coarsen(v[None], mask)[0] for n, v in params.items()}
             u0 = coarsen(u0[None], mask)[0]
-            here = here._coarser
+            here = coarser
         return here, params, u0
 
     @cached_property
@@ -336,6 +367,60 @@ class FenicsSimulation:
             found.append(Simulate.apply(job, nodal[i if len(nodal) > 1 else 0], *leaves))
         return torch.stack(found)
 
+    def stress(self, params: Mapping, u) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stress and displacement that given cell fractions make, as `TorchSolver` gives them; not differentiable.
+
+        Parameters
+        ----------
+        params : mapping
+            Values by global name, as in a simulation.
+        u : array or Tensor, shape (z, y, x) or (batch, z, y, x)
+            Averages over voxels.
+
+        Returns
+        -------
+        von_mises : Tensor, shape (batch, z, y, x)
+            Of the mean stress in each voxel, kPa; 0 outside the mask.
+        displacement : Tensor, shape (batch, 3, z, y, x)
+            Mean over each voxel, components (x, y, z) along the grid's axes, mm; 0 outside the mask. Of a body that
+            nothing holds, without rigid motion.
+
+        Raises
+        ------
+        SolverError
+            If the model has no mechanics, or its equilibrium cannot be solved.
+        """
+        if self.tissue is None:
+            raise SolverError(f"{self.model.label}: it has no mechanics; use StressDamped as its diffusion.")
+        with torch.no_grad():
+            values, start = self._values(params), self._state(u)
+            found = [self._stress(self._row(values, i), start[i if len(start) > 1 else 0].numpy())
+                     for i in range(self._batch(values, start))]  # fmt: skip
+        stress, moved = (self._spread(torch.from_numpy(np.stack(part))) for part in zip(*found, strict=True))
+        return stress, moved
+
+    def _stress(self, row: dict, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert self.tissue is not None
+        names = [n for n in self.tissue.inputs if n.startswith("p.")]
+        cells = [n for n in names if row[n[2:]].ndim]
+        arrays = {"u": self.exchange.to_nodes(u), **{f"body:{n}": v for n, v in self._body_data.items()}}
+        arrays.update({f"body:{n}": self.transfer.cellwise @ row[n[2:]].numpy() for n in cells})
+        system = self._system(cells)
+        header = {"do": "stress", "system": system["key"],
+                  "scalars": {n: float(row[n[2:]]) for n in names if n not in cells}}  # fmt: skip
+        with pool(self.solver.ranks).worker() as worker:
+            _, back = worker.ask((header, arrays), [self._space, (system, {})], None)
+        clamped = isinstance(self.tissue.equation.edge, Clamped)
+        stress = von_mises_on_voxels(self.mesh, self.transfer, back["stress"])
+        degree = self.solver.displacement_degree
+        return stress, displacement_on_voxels(self.mesh, self._vectors, degree, back["displacement"], clamped)
+
+    @cached_property
+    def _vectors(self) -> Transfer:
+        """The maps between voxels and the nodes of the displacement."""
+        degree = self.solver.displacement_degree
+        return self.transfer if degree == self.solver.degree else self.mesh.transfer(degree)
+
     def _spread(self, inside: torch.Tensor) -> torch.Tensor:
         """From the mask's voxels (..., voxels) to the grid (..., z, y, x)."""
         full = torch.zeros(*inside.shape[:-1], *self.shape, dtype=inside.dtype)
@@ -372,6 +457,8 @@ class FenicsSimulation:
         u : Tensor, shape (batch, T, z, y, x), or (batch, rows)
         du : Tensor, shape (len(wrt), batch, T, z, y, x), or (len(wrt), batch, rows)
         """
+        if self.tissue is not None:
+            raise SolverError(NO_GRADIENT)
         values = {k: v.detach() for k, v in self._values(params).items()}
         start = self._state(u0).detach()
         plan = self.plan(params, u0, times) if plan is None else replace(plan, times=self._times(times))
@@ -417,6 +504,8 @@ class FenicsSimulation:
 
     def linearise(self, params: Mapping, u0, times, plan: StepPlan | None = None) -> Linearisation:
         """The run's outputs with its derivative by the initial state, for many products."""
+        if self.tissue is not None:
+            raise SolverError(NO_GRADIENT)
         values = {k: v.detach() for k, v in self._values(params).items()}
         start = self._state(u0).detach()
         plan = self.plan(params, u0, times) if plan is None else replace(plan, times=self._times(times))

@@ -42,6 +42,12 @@ class FenicsSolver:
         Aim for the relative L2 error in time of the state at the requested times.
     linear_rtol : float
         Relative residual at which conjugate gradients stop.
+    displacement_degree : int
+        1 or 2, of the displacement in models with mechanics. Degree 1 is some ten times faster, but locks a little: on
+        voxels of 2 mm displacements of soft tissue are then a few per cent too small
+        (`tests/numerics/test_fenics_mechanics.py` prints by how much).
+    stress_rtol : float
+        The same for the elastic equilibrium of models with mechanics.
     ranks : int
         MPI processes of one simulation; more than one run under mpirun.
     memory : float
@@ -59,16 +65,22 @@ class FenicsSolver:
     degree: int = 1
     rtol: float = 1e-3
     linear_rtol: float = 1e-10
+    displacement_degree: int = 2
+    stress_rtol: float = 1e-6
     ranks: int = 1
     memory: float = 1.5e9
 
     def __post_init__(self):
         if self.degree not in (1, 2):
             raise SolverError(f"FenicsSolver: degree is {self.degree}; expected 1 or 2.")
+        if self.displacement_degree not in (1, 2):
+            raise SolverError(f"FenicsSolver: displacement_degree is {self.displacement_degree}; expected 1 or 2.")
         if not 1e-12 <= self.rtol <= 0.5:
             raise SolverError(f"FenicsSolver: rtol is {self.rtol}; expected a number between 1e-12 and 0.5.")
         if not 1e-15 <= self.linear_rtol <= 1e-3:
             raise SolverError(f"FenicsSolver: linear_rtol is {self.linear_rtol}; expected a number from 1e-15 to 1e-3.")
+        if not 1e-14 <= self.stress_rtol <= 1e-2:
+            raise SolverError(f"FenicsSolver: stress_rtol is {self.stress_rtol}; expected a number from 1e-14 to 0.01.")
         if self.ranks < 1 or self.ranks != int(self.ranks):
             raise SolverError(f"FenicsSolver: ranks is {self.ranks}; expected a whole number from 1.")
 

@@ -75,10 +75,12 @@ class Tapes:
         wrt = tuple(n for n in reaction.inputs if n.startswith("p.") or n in columns)
         term = model.diffusion
 
-        def coefficient(u, p, c, ops):
-            return term.coefficient(u, model.of(term, p), Context(**{f: getattr(c, f) for f in term.fields}), ops)
+        read = (*term.fields, *(a.equation.gives for a in term.auxiliaries))
 
-        diffusion: Tape | None = record(coefficient, [f"{term.name}.{p.name}" for p in term.parameters], term.fields)
+        def coefficient(u, p, c, ops):
+            return term.coefficient(u, model.of(term, p), Context(**{f: getattr(c, f) for f in read}), ops)
+
+        diffusion: Tape | None = record(coefficient, [f"{term.name}.{p.name}" for p in term.parameters], read)
         assert diffusion is not None
         if len(diffusion.outputs) not in (1, 9):
             raise SolverError(
@@ -94,12 +96,14 @@ class Tapes:
             diffusion = None
         return cls(reaction, gradient(reaction, ["u"]), gradient(reaction, ["u", *wrt]), wrt, diffusion)
 
-    def system(self, space: str, mesh: Mesh, cell_fields: Sequence[str]) -> dict[str, Any]:
+    def system(self, space: str, mesh: Mesh, cell_fields: Sequence[str],
+               mechanics: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
         """The request that makes the forms, with the key under which the worker keeps them."""
         header: dict[str, Any] = {
             "do": "system", "space": space, "axes": list(mesh.axes), "positions": list(mesh.positions),
             "cell_fields": sorted(cell_fields), "reaction": self.reaction.json(), "reaction_slopes": self.slopes.json(),
             "reaction_wrt": list(self.wrt), "diffusion": None,
+            "mechanics": mechanics,
         }  # fmt: skip
         if self.diffusion is not None:
             names = [n for n in self.diffusion.inputs if n.startswith("p.")]

@@ -10,8 +10,10 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
+import ufl
 from dolfinx import fem
 
 from . import shim
@@ -42,6 +44,35 @@ def compiling(comm) -> Iterator[None]:
         yield
 
 
+def numbering(mesh, dofmap, edges: np.ndarray, degree: int, vertices: int) -> np.ndarray:
+    """The sender's numbers of the nodes behind this rank's degrees of freedom, and behind those it sees of others.
+
+    Parameters
+    ----------
+    mesh, dofmap : dolfinx mesh and dofmap
+        Of continuous functions; the latter's blocks are counted.
+    edges : ndarray of int64, shape (k, 2)
+        All edges, for degree 2.
+    degree : int
+        1 or 2.
+    vertices : int
+        Number of vertices of the whole mesh.
+    """
+    dim = mesh.topology.dim
+    corner = shim.table(mesh.geometry.dofmap, dim + 1)
+    corner = np.asarray(mesh.geometry.input_global_indices)[corner]
+    pairs = EDGES[dim] if degree == 2 else []
+    dofs = shim.table(dofmap.list, dim + 1 + len(pairs))
+    nodes = np.full(dofmap.index_map.size_local + dofmap.index_map.num_ghosts, -1, np.int64)
+    nodes[dofs[:, : dim + 1]] = corner
+    if degree == 2:
+        keys = edges[:, 0] * vertices + edges[:, 1]
+        for k, (a, b) in enumerate(pairs):
+            low, high = np.minimum(corner[:, a], corner[:, b]), np.maximum(corner[:, a], corner[:, b])
+            nodes[dofs[:, dim + 1 + k]] = vertices + np.searchsorted(keys, low * vertices + high)
+    return nodes
+
+
 class Space:
     """Continuous piecewise polynomials on a mesh, and piecewise constants.
 
@@ -51,39 +82,28 @@ class Space:
     points : ndarray, shape (n, d)
     cells : ndarray of int64, shape (m, d + 1)
     edges : ndarray of int64, shape (k, 2)
-        All edges, smaller vertex first, in lexicographic order; used for degree 2.
+        All edges, smaller vertex first, in lexicographic order; used for functions of degree 2.
     degree : int
         1 or 2.
     """
 
     def __init__(self, comm, points: np.ndarray, cells: np.ndarray, edges: np.ndarray, degree: int):
-        self.comm, self.degree, self.dim = comm, degree, points.shape[1]
+        self.comm, self.degree, self.dim, self.edges = comm, degree, points.shape[1], edges
         root = comm.rank == 0
         with compiling(comm):
             self.mesh = shim.create_mesh(comm, cells[: None if root else 0], points[: None if root else 0])
             self.space = shim.function_space(self.mesh, ("Lagrange", degree))
             self.constants = shim.function_space(self.mesh, ("DG", 0))
-        vertices = len(points)
-        self.count = vertices + (len(edges) if degree == 2 else 0)
-        corner = shim.table(self.mesh.geometry.dofmap, self.dim + 1)
-        corner = np.asarray(self.mesh.geometry.input_global_indices)[corner]
-        pairs = EDGES[self.dim]
-        dofs = shim.table(self.space.dofmap.list, self.dim + 1 + (len(pairs) if degree == 2 else 0))
-        local = self.space.dofmap.index_map.size_local + self.space.dofmap.index_map.num_ghosts
-        nodes = np.full(local, -1, np.int64)
-        nodes[dofs[:, : self.dim + 1]] = corner
-        if degree == 2:
-            keys = edges[:, 0] * vertices + edges[:, 1]
-            for k, (a, b) in enumerate(pairs):
-                low, high = np.minimum(corner[:, a], corner[:, b]), np.maximum(corner[:, a], corner[:, b])
-                nodes[dofs[:, self.dim + 1 + k]] = vertices + np.searchsorted(keys, low * vertices + high)
+        self.vertices = len(points)
+        self.count = self.vertices + (len(edges) if degree == 2 else 0)
         self.size = self.space.dofmap.index_map.size_local
         #: Numbers of the nodes that this rank owns, in the order of its degrees of freedom.
-        self.nodes = nodes[: self.size]
-        cell_dofs = shim.table(self.constants.dofmap.list, 1)[:, 0]
+        self.nodes = numbering(self.mesh, self.space.dofmap, edges, degree, self.vertices)[: self.size]
+        self.dofs = shim.table(self.space.dofmap.list, self.dim + 1 + (len(EDGES[self.dim]) if degree == 2 else 0))
+        self.cell_dofs = shim.table(self.constants.dofmap.list, 1)[:, 0]
         original = np.asarray(self.mesh.topology.original_cell_index)
-        self.cell_of = np.zeros(len(cell_dofs), np.int64)
-        self.cell_of[cell_dofs] = original[: len(cell_dofs)]
+        self.cell_of = np.zeros(len(self.cell_dofs), np.int64)
+        self.cell_of[self.cell_dofs] = original[: len(self.cell_dofs)]
         self.cell_count = len(cells)
         self.owned_cells = self.constants.dofmap.index_map.size_local
 
@@ -91,15 +111,52 @@ class Space:
         """This rank's part of nodal values (..., nodes), in the order of its degrees of freedom."""
         return np.ascontiguousarray(values[..., self.nodes])
 
+    @cached_property
+    def _mass(self):
+        trial, test = ufl.TrialFunction(self.space), ufl.TestFunction(self.space)
+        with compiling(self.comm):
+            found = shim.assemble_matrix(fem.form(trial * test * ufl.dx))
+        found.assemble()
+        into, out = found.createVecRight(), found.createVecLeft()
+        into.set(1.0)
+        found.mult(into, out)
+        return found, out.array.copy(), into, out
+
+    def _sharpened(self, local: np.ndarray) -> np.ndarray:
+        """Coefficients whose linear function has the state's averages, from nodal values that are those at points.
+
+        Halfway back from what mass over lumped mass smooths, as the sender does where it averages over voxels.
+        """
+        mass, lumped, into, out = self._mass
+        into.array[:] = local
+        mass.mult(into, out)
+        return 1.5 * local - 0.5 * out.array / lumped
+
+    def at_centres(self, local: np.ndarray) -> np.ndarray:
+        """Values (cells,) at the cells' centres of a state with the given degrees of freedom.
+
+        Piecewise constants that this rank owns or sees, as `constants` numbers them.
+        """
+        values = self.function(self._sharpened(local) if self.degree == 1 else local).x.array[self.dofs]
+        corner = 1 / (self.dim + 1)
+        found = np.empty(len(self.cell_of))
+        if self.degree == 1:
+            found[self.cell_dofs] = values.mean(1)
+        else:
+            vertices, edges = np.split(values, [self.dim + 1], 1)
+            found[self.cell_dofs] = corner * (2 * corner - 1) * vertices.sum(1) + 4 * corner**2 * edges.sum(1)
+        return found
+
     def collect(self, local: np.ndarray) -> np.ndarray | None:
         """Nodal values (..., nodes) on rank 0 from every rank's part."""
-        return self._join(local, self.nodes, self.count)
+        return self.join(local, self.nodes, self.count)
 
     def collect_cells(self, local: np.ndarray) -> np.ndarray | None:
         """Cell values (cells,) on rank 0 from every rank's part."""
-        return self._join(local[: self.owned_cells], self.cell_of[: self.owned_cells], self.cell_count)
+        return self.join(local[: self.owned_cells], self.cell_of[: self.owned_cells], self.cell_count)
 
-    def _join(self, local, numbers, count):
+    def join(self, local: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarray | None:
+        """Values (..., count) on rank 0 from every rank's part, whose places in the whole are `numbers`."""
         if self.comm.size == 1:
             found = np.empty((*local.shape[:-1], count))
             found[..., numbers] = local

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .coupled import Body, CoupledHeat
+from .elasticity import Elasticity
 from .forms import Diffusion, evaluate
 from .mesh import Space
 from .reaction import Reaction
@@ -22,6 +24,18 @@ PACE = 0.25
 Arrays = dict[str, np.ndarray]
 #: Header and arrays; the latter count on rank 0 only.
 Answer = tuple[dict[str, Any], dict[str, Any]]
+
+
+class System(NamedTuple):
+    """The forms of a model on a space, and its tapes."""
+
+    space: Space
+    diffusion: Diffusion | None
+    rate: dict[str, Any]
+    slopes: dict[str, Any]
+    wrt: list[str]
+    tissue: dict[str, Any] | None
+    elasticity: Elasticity | None
 
 
 class Kept(OrderedDict):
@@ -66,7 +80,7 @@ class Server:
         """Do what a request asks."""
         do = {"space": self.space, "system": self.system, "run": self.run, "gradient": self.gradient,
               "tangents": self.tangents, "linearise": self.linearise, "push": self.push, "pull": self.pull,
-              "evaluate": self.evaluate}.get(request["do"])  # fmt: skip
+              "evaluate": self.evaluate, "stress": self.stress}.get(request["do"])  # fmt: skip
         if do is None:
             raise Failed("request", f"nothing is known of the request {request['do']!r}")
         return do(request, arrays)
@@ -86,8 +100,11 @@ class Server:
         if request["diffusion"] is not None:
             made = Diffusion(space, request["diffusion"], request["diffusion_slopes"], request["axes"],
                              request["positions"], request["cell_fields"])  # fmt: skip
-        self.systems.keep(request["key"], (space, made, request["reaction"], request["reaction_slopes"],
-                                           request["reaction_wrt"]))  # fmt: skip
+        tissue, body = request["mechanics"], None
+        if tissue is not None:
+            body = Elasticity(space, tissue["degree"], tissue["poisson"], tissue["clamped"], tissue["tolerance"])
+        self.systems.keep(request["key"], System(space, made, request["reaction"], request["reaction_slopes"],
+                                                 request["reaction_wrt"], tissue, body))  # fmt: skip
         return {}, {}
 
     def evaluate(self, request, arrays) -> Answer:
@@ -100,20 +117,41 @@ class Server:
     # Runs ------------------------------------------------------------------------------------------------------------
 
     def _lay_out(self, request, arrays) -> tuple[Space, Run]:
-        space, diffusion, tape, slopes, wrt = self.systems.find(request["system"], "system")
+        system: System = self.systems.find(request["system"], "system")
+        space, diffusion = system.space, system.diffusion
         self._told = 0.0  # every run says at once that it has begun
         scalars = request["scalars"]
-        heat = None
+        heat: Any = None
         if diffusion is not None:
             cells = {n[5:]: a for n, a in arrays.items() if n.startswith("cell:")}
-            heat = self._heat(request, diffusion, scalars, cells)
+            if system.tissue is None:
+                heat = self._heat(request, diffusion, scalars, cells)
+            else:
+                name = system.tissue["gives"]
+                diffusion.set(scalars, {**cells, name: np.zeros(space.cell_count)})
+                heat = CoupledHeat(diffusion, self._body(system, scalars, arrays), name, request["tolerance"])
         values: dict[str, Any] = dict(scalars)
         values.update({n[5:]: space.take(a) for n, a in arrays.items() if n.startswith("node:")})
-        reaction = Reaction(tape, slopes, wrt, values, arrays["tables"], request["columns"])
+        reaction = Reaction(system.rate, system.slopes, system.wrt, values, arrays["tables"], request["columns"])
         jumps = arrays["jumps"]
         jumps = space.take(jumps) if jumps.ndim > 1 else jumps
         program = operations(arrays["kinds"], arrays["lengths"])
         return space, Run(self.comm, heat, reaction, jumps, program, request["memory"], self._progress)
+
+    def _body(self, system: System, scalars, arrays) -> Body:
+        values = {**scalars, **{n[5:]: a for n, a in arrays.items() if n.startswith(("cell:", "body:"))}}
+        assert system.tissue is not None and system.elasticity is not None
+        return Body(system.space, system.elasticity, system.tissue["young"], system.tissue["pressure"], values)
+
+    def stress(self, request, arrays) -> Answer:
+        """Elastic equilibrium at a nodal state ``u``: ``stress`` (6, cells) and ``displacement`` (d, nodes)."""
+        system: System = self.systems.find(request["system"], "system")
+        space, body = system.space, self._body(system, request["scalars"], arrays)
+        entries = body.stress(space.take(arrays["u"])).entries.T[:, : space.owned_cells]
+        stress = space.join(np.ascontiguousarray(entries), space.cell_of[: space.owned_cells], space.cell_count)
+        moved = body.elasticity.displacement()
+        counts = {"solves": body.elasticity.solves, "iterations": body.elasticity.iterations}
+        return counts, {} if stress is None else {"stress": stress, "displacement": moved}
 
     def _heat(self, request, diffusion: Diffusion, scalars, cells) -> Heat:
         """Matrices and preconditioners are kept while the coefficient stays as it is."""

@@ -15,6 +15,23 @@ OLDEST = (0, 5)
 function_space = getattr(fem, "functionspace", None) or fem.FunctionSpace
 
 
+def vector_space(domain, family: str, degree: int, size: int):
+    """Vectors of that size whose components lie in a scalar space, which is itself given for size 1."""
+    if size == 1:
+        return function_space(domain, (family, degree))
+    # The value's shape was once a class of its own.
+    if hasattr(fem, "functionspace"):
+        return fem.functionspace(domain, (family, degree, (size,)))
+    return fem.VectorFunctionSpace(domain, (family, degree), dim=size)
+
+
+def boundary_facets(domain) -> np.ndarray:
+    """This rank's facets on the mesh's boundary."""
+    dim = domain.topology.dim
+    domain.topology.create_connectivity(dim - 1, dim)
+    return mesh.exterior_facet_indices(domain.topology)
+
+
 def version(text: str) -> tuple[int, int]:
     """Major and minor number of a version such as "0.9.0.post1"."""
     major, minor = text.split(".")[:2]

@@ -47,6 +47,12 @@ class Heat:
         self.solvers: OrderedDict[float, PETSc.KSP] = OrderedDict()
         self.solves = self.iterations = 0
 
+    def destroy(self) -> None:
+        """Free the solvers."""
+        for solver in self.solvers.values():
+            solver.destroy()
+        self.solvers.clear()
+
     def mass(self, c: np.ndarray) -> np.ndarray:
         """M c."""
         if self.diffusion.lumped is not None:
