@@ -1,4 +1,4 @@
-"""What the geometry makes: the organ's smooth boundary (`OrganMesh`) beside the voxels' steps (`BoxMesh`, `TorchSolver`).
+"""What geometry makes: the organ's smooth boundary (`OrganMesh`) beside the voxels' steps (`BoxMesh`, `TorchSolver`).
 
 Virtual patients (24 × 24 × 24 voxels of 2 mm) at their true parameters and initial maps, the same tumour moved to the
 organ's surface, where the boundary matters most, and that one untreated, so that it spreads along the surface.
@@ -54,8 +54,8 @@ def main(count):
     print("differences in the cell fraction (root mean square over the region), in cells and in the region's volume;")
     print("'voxels': FEniCS on the voxels less TorchSolver; 'geometry': FEniCS on the organ less FEniCS on the voxels,")
     print(f"both with cells of {CELL:g} mm; 'noise': standard deviation of a scan in a voxel, and in all cells\n")
-    head = f"{'tumour':>22} {'day':>4} {'cm³':>6} | {'voxels: map':>11} {'cells':>8} | {'geometry: map':>13} {'cells':>8} "
-    print(head + f"{'volume':>8} | {'noise: map':>10} {'cells':>7}")
+    head = f"{'tumour':>22} {'day':>4} {'cm³':>6} | {'voxels: map':>11} {'cells':>8} | {'geometry: map':>13} "
+    print(head + f"{'cells':>8} {'volume':>8} | {'noise: map':>10} {'cells':>7}")
     ratios = []
     for seed in range(1, count + 1):
         virtual = small_patient(seed)

@@ -6,7 +6,6 @@ import torch
 
 import biomodel as bm
 from biomodel.domain import Domain
-from biomodel.errors import SolverError
 from biomodel.mechanics import Clamped, Elastic, StressDamped, TractionFree
 from biomodel.parameters import Fixed
 from biomodel.schedule import Schedule

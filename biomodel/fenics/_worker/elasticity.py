@@ -71,7 +71,8 @@ class Elasticity:
         with compiling(space.comm):
             strains = shim.vector_space(space.mesh, "DG", 0, len(self.pairs))
             self.w, self.strain = fem.Function(fine.vectors), fem.Function(strains)
-            self.force = fem.form(self.pressure * ufl.tr(strain_of(ufl.TestFunction(fine.vectors))) * measure(degree - 1))
+            test = strain_of(ufl.TestFunction(fine.vectors))
+            self.force = fem.form(self.pressure * ufl.tr(test) * measure(degree - 1))
             entries = [strain_of(self.w)[i, j] for i, j in self.pairs]
             entries = ufl.as_vector(entries) if len(entries) > 1 else entries[0]
             self.of_w = fem.Expression(entries, shim.interpolation_points(strains))
