@@ -15,10 +15,11 @@ from biomodel.document import Document
 from biomodel.findings import Findings
 from biomodel.forecast import Forecast
 from biomodel.patient import Patient
-from biomodel.report_blocks import Fragment, Page, Picture, Section
+from biomodel.report_blocks import Page, Picture, Section
 from biomodel.results import Results, results
 
 __all__ = ["Page", "Picture", "Report", "report"]
+
 
 @dataclass(frozen=True, eq=False)
 class Report(Document):
@@ -54,7 +55,7 @@ class Report(Document):
 
         own = sections(self.results)
         extra = tuple(
-            Section(page.title, (Fragment(page.html()), *page.figures), f"page-{place}")
+            Section(page.title, tuple(page.blocks), f"page-{place}")
             for place, page in enumerate(self.pages, start=1)
         )
         return (*own[:-2], *extra, *own[-2:])

@@ -114,25 +114,20 @@ class Section:
 
 @runtime_checkable
 class Page(Protocol):
-    """A further page of a report, as other packages hand it in.
+    """A further page of a report, as other modules and packages hand it in.
 
     Attributes
     ----------
     title : str
         The section's heading, plain text.
-    figures : sequence of Picture
-        Shown below the text.
+    blocks : sequence of Block
+        What stands below it. Texts are plain and escaped where they are shown; only a `Fragment` is taken as it is, so
+        whatever comes from data must be escaped in it already: p, ul, ol, table, b, i, sub, sup; no scripts, nothing
+        external.
     """
 
     title: str
-    figures: tuple[Picture, ...]
-
-    def html(self) -> str:
-        """Return text and tables as an HTML fragment: p, ul, ol, table, b, i, sub, sup; no scripts, nothing external.
-
-        Whatever comes from data must be escaped already.
-        """
-        ...
+    blocks: tuple[Block, ...]
 
 
 # --- numbers as text --------------------------------------------------------------------------------------------------

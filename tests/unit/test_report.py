@@ -19,7 +19,7 @@ from biomodel.figure_maps import _cut, maps, outline
 from biomodel.figures import time_course, treatment_rows
 from biomodel.findings import Finding, Findings
 from biomodel.report import Page, Picture, Report, report
-from biomodel.report_blocks import Table, interval, number, percent, relative_error, short
+from biomodel.report_blocks import Fragment, Table, Text, interval, number, percent, relative_error, short
 from biomodel.report_words import in_words, treatments
 from biomodel.results import Results, results
 
@@ -71,10 +71,8 @@ class ResponsePage:
     def __init__(self) -> None:
         figure = Figure(figsize=(4, 2))
         figure.subplots().plot([0, 1], [0, 1])
-        self.figures = (Picture.of(figure, "A rising line.", "line"),)
-
-    def html(self) -> str:
-        return "<p>Probability: <b>0.41</b></p><table><tr><th>a</th></tr><tr><td>1</td></tr></table><ul><li>x</li></ul>"
+        text = "<p>Probability: <b>0.41</b></p><table><tr><th>a</th></tr><tr><td>1</td></tr></table><ul><li>x</li></ul>"
+        self.blocks = (Fragment(text), Text("A < B"), Picture.of(figure, "A rising line.", "line"))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +236,7 @@ def test_pages_of_other_packages(imaged):
     titles = [section.title for section in made.sections]
     assert titles[-3:] == ["Response & outcome", "Limits of use", "Provenance"]
     page = made.html()
-    assert "<p>Probability: <b>0.41</b></p>" in page and "Response &amp; outcome" in page and "A rising line." in page
+    assert "<p>Probability: <b>0.41</b></p>" in page and "<p>A &lt; B</p>" in page and "Response &amp; outcome" in page and "A rising line." in page
     assert b"/Title (Response & outcome)" in made.pdf()
 
 
