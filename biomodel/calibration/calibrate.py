@@ -1,17 +1,20 @@
-"""`calibrate` and its methods, and the comparison of models."""
+"""`calibrate`, and the comparison of models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from biomodel.calibration.density import ImageDensity, VolumeDensity
 from biomodel.calibration.field import FieldLaplace, calibrate_field
 from biomodel.calibration.fit import Fit
-from biomodel.calibration.gaussnewton import Optimum, along_values, limits_of, minimise, prior_of
+from biomodel.calibration.gaussnewton import limits_of, prior_of
 from biomodel.calibration.images import ImageProblem
-from biomodel.calibration.importance import FEW, Importance, Samples
+from biomodel.calibration.importance import FEW, Importance, importance_samples
+from biomodel.calibration.laplace import MAP, Laplace
+from biomodel.calibration.mcmc import NUTS, SMC, advice
 from biomodel.calibration.population import Population
 from biomodel.calibration.volumes import VolumeProblem
 from biomodel.errors import CalibrationError
@@ -21,109 +24,15 @@ from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
 from biomodel.tables import html_table
 
-#: How near (posterior sd) the search without the initial state's noise must come before the exact one goes on.
-ROUGH = 1.0
 #: Inflation of the noise beyond which a fit says so.
 DOUBTFUL = 3.0
-#: Most rounds of the rough search, each with the data's weight set by the misfit of the one before, and the relative
-#: change of that weight which ends them.
-REWEIGHINGS, SETTLED = 6, 0.2
-#: Most rounds in which the initial state moves to its posterior mean and the parameters follow.
-REFINEMENTS = 5
-
-
-@dataclass(frozen=True)
-class MAP:
-    """The maximum of the posterior, by Levenberg-Marquardt in transformed coordinates.
-
-    Parameters
-    ----------
-    starts : int
-        Starting points: the prior's mean, then draws from the prior. All run a few iterations, the best goes on.
-    iterations : int
-        Most iterations of the final run.
-    tolerance : float
-        Stop where the optimum is nearer than this many posterior standard deviations.
-    seed : int
-        For the starting points.
-    marginalise : bool
-        Carry the voxel noise of the first visit's map through the model and move the initial state to its posterior
-        mean. Without it that noise is only added to the later visits', which is what most published calibrations do
-        or neglect, at a fraction of the cost on large grids.
-    """
-
-    starts: int = 3
-    iterations: int = 40
-    tolerance: float = 0.1
-    seed: int = 0
-    marginalise: bool = True
-    start_at: Mapping[str, float] | None = None
-
-    def optimise(self, problem, prior, progress: Callable[[str], None] | None = None) -> Optimum:
-        """Return the best point found from all starts."""
-        limits, move = limits_of(problem.parameters), along_values(problem.parameters)
-        rng = np.random.default_rng(self.seed)
-        first = prior.mean.copy()
-        if self.start_at:
-            for name, value in self.start_at.items():
-                if name not in problem.names:
-                    known = ", ".join(problem.names)
-                    raise CalibrationError(f"start_at: {name!r} is not calibrated; there are {known}.")
-                first[problem.names.index(name)] = problem.parameters[name].prior.to_z(np.float64(value))
-        points = [first]
-        # Draws of half the prior's width: enough to leave a wrong basin, without extreme models.
-        points += [rng.multivariate_normal(prior.mean, prior.covariance / 4) for _ in range(self.starts - 1)]
-        precision = prior.precision
-
-        def search(z: np.ndarray, exact: bool, count: int, tolerance: float) -> Optimum:
-            return minimise(
-                lambda x: problem.linearise(x, exact), z, prior, limits, count, tolerance, move, progress
-            )  # fmt: skip
-
-        problem.replan(first)
-        problem.searching = True
-        screened: list[Optimum] = []
-        for point in points:
-            try:
-                if not screened:
-                    problem.reweigh(problem.linearise(point, False), precision)
-                screened.append(search(point, False, 2 if len(points) > 1 else self.iterations, ROUGH))
-            except CalibrationError:
-                continue
-        if not screened:
-            raise CalibrationError("the model cannot be evaluated at any starting point; check priors and data.")
-        best = min(screened, key=lambda o: o.objective)
-        spent = best.iterations
-        for turn in range(REWEIGHINGS):
-            # Coarse steps only for the long way: near the optimum their error would outweigh the noise.
-            problem.searching = turn == 0
-            problem.replan(best.z)
-            changed = problem.reweigh(best.linear, precision)
-            best = search(best.z, False, self.iterations, ROUGH)
-            spent += best.iterations
-            if turn and changed < SETTLED:
-                break
-        for _ in range(REFINEMENTS):
-            best = search(best.z, self.marginalise, self.iterations, self.tolerance)
-            spent += best.iterations
-            changed = problem.reweigh(best.linear, precision)
-            if problem.refine(best.linear) < 0.1 and changed < SETTLED:
-                break
-        return replace(best, iterations=spent)
-
-
-@dataclass(frozen=True)
-class Laplace:
-    """`MAP` plus the Gaussian posterior with the exact Gauss-Newton covariance, and the evidence."""
-
-    map: MAP = field(default_factory=MAP)
 
 
 def calibrate(
     model: ReactionDiffusion | Population,
     patient: Patient,
     solver: Solver | None = None,
-    method: MAP | Laplace | Importance | FieldLaplace | None = None,
+    method: MAP | Laplace | Importance | NUTS | SMC | FieldLaplace | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Calibrate a model on the visits of one patient.
@@ -137,8 +46,9 @@ def calibrate(
         Usually ``patient.until(visit=k)``: all its visits are used. The first gives the initial state.
     solver : TorchSolver or FenicsSolver, optional
         The former by default; patients without images have no space, and take only that.
-    method : MAP, Laplace, Importance or FieldLaplace, optional
-        Laplace by default; Importance is for patients without images, FieldLaplace makes the growth rate a map.
+    method : MAP, Laplace, Importance, NUTS, SMC or FieldLaplace, optional
+        Laplace by default; NUTS and SMC draw from the posterior itself, which takes longer; Importance is for patients
+        without images, FieldLaplace makes the growth rate a map.
     progress : callable, optional
         Receives a line of text per iteration.
 
@@ -149,7 +59,8 @@ def calibrate(
     Raises
     ------
     CalibrationError
-        If there is no tumour at the first visit, no later visit, or no point at which the model can be evaluated.
+        If there is no tumour at the first visit, no later visit, or no point at which the model can be evaluated; or
+        if chains do not mix.
     """
     solver = TorchSolver() if solver is None else solver
     method = Laplace() if method is None else method
@@ -172,6 +83,8 @@ def calibrate(
         optimiser = method
     elif isinstance(method, Importance):
         optimiser = MAP(starts=method.starts, iterations=method.iterations, seed=method.seed)
+    elif isinstance(method, (NUTS, SMC)):
+        optimiser = method.map or MAP()
     else:
         optimiser = method.map
     problem: VolumeProblem | ImageProblem
@@ -210,13 +123,22 @@ def calibrate(
         )
     samples = None
     if isinstance(method, Importance) and isinstance(problem, VolumeProblem):
-        samples = Samples.draw(method, problem, prior, best.z)
+        samples = importance_samples(method, problem, prior, best.z)
         covariance, evidence = samples.covariance, samples.log_evidence
         if samples.ess < FEW:
             notes.append(
                 f"Importance sampling: the {method.draws} draws are worth {samples.ess:.0f} independent ones; raise "
                 "draws for smooth intervals."
             )
+    if isinstance(method, (NUTS, SMC)):
+        density = (ImageDensity(problem, best, prior) if isinstance(problem, ImageProblem)
+                   else VolumeDensity(problem, prior))  # fmt: skip
+        samples = method.sample(density, best.z, covariance, progress)
+        assert samples.chains is not None
+        covariance = samples.covariance
+        if np.isfinite(samples.log_evidence):
+            evidence = samples.log_evidence
+        notes += advice(problem.names, samples.chains)
     return Fit(
         model=model,
         patient=patient,
@@ -294,7 +216,7 @@ def compare(
     models: Sequence[ReactionDiffusion | Population],
     patient: Patient,
     solver: Solver | None = None,
-    method: MAP | Laplace | Importance | None = None,
+    method: MAP | Laplace | Importance | NUTS | SMC | None = None,
 ) -> Comparison:
     """Calibrate several models on the same patient and compare them by evidence, AIC and BIC.
 

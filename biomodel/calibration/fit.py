@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from biomodel.calibration.gaussnewton import GaussianPrior
-from biomodel.calibration.importance import Samples
+from biomodel.calibration.samples import Samples
 from biomodel.calibration.volumes import VolumeNoise
 from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Parameter
@@ -18,6 +18,8 @@ from biomodel.solvers.base import Solver
 from biomodel.tables import html_table
 
 if TYPE_CHECKING:
+    import arviz
+
     from biomodel.calibration.field import FieldPosterior
 
 #: A parameter counts as identified where its posterior sd is below this share of its prior sd.
@@ -35,15 +37,16 @@ class Fit:
     z, covariance : ndarray, shape (p,) and (p, p)
         MAP estimate and covariance of the transformed coordinates. A `MAP` fit has zero covariance.
     log_evidence, log_likelihood, aic, bic : float
-        Log evidence, by Laplace's approximation or the samples; log-likelihood at the MAP; information criteria (their
-        number of parameters counts only what is calibrated, their number of data the measured voxels or volumes).
+        Log evidence, by Laplace's approximation (for `NUTS` too) or the samples; log-likelihood at the MAP;
+        information criteria (their number of parameters counts only what is calibrated, their number of data the
+        measured voxels or volumes).
     inflation : float
         How many times more the residuals of images vary than their noise explains; the data count less by it (see
         :mod:`biomodel.calibration.discrepancy`). About 1 where model and noise are right.
     initial_update : ndarray or None
         Posterior mean change of the measured initial state on the computing box.
     samples : Samples or None
-        Weighted posterior draws of an `Importance` fit; otherwise the posterior is Gaussian.
+        Posterior draws of an `Importance`, `NUTS` or `SMC` fit; otherwise the posterior is Gaussian.
     noise : VolumeNoise or None
         Errors of measured volumes, of a patient without images.
     rate_map : FieldPosterior or None
@@ -106,6 +109,13 @@ class Fit:
     def bic(self) -> float:
         """Bayesian information criterion."""
         return len(self.names) * float(np.log(max(self.count, 1))) - 2 * self.log_likelihood
+
+    @property
+    def inference(self) -> arviz.InferenceData:
+        """The chains of a `NUTS` or `SMC` fit in ArviZ's layout; see :func:`.inference.inference_data`."""
+        from biomodel.calibration.inference import inference_data
+
+        return inference_data(self)
 
     def draw(self, draws: int, seed: int) -> dict[str, np.ndarray]:
         """Draw parameter values from the posterior.

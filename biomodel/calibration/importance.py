@@ -11,13 +11,14 @@ doi:10.1080/00401706.1995.10484303), at randomised quasi-Monte Carlo points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import gammaln, logsumexp, ndtri
 from scipy.stats import chi2, qmc
 
 from biomodel.calibration.gaussnewton import GaussianPrior
+from biomodel.calibration.samples import Samples, weighted_crps, weighted_quantile
 from biomodel.calibration.volumes import VolumeModel, measured, t_constant, t_weights
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
@@ -25,7 +26,7 @@ from biomodel.parameters import Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.torch import TorchSolver
 
-__all__ = ["Importance", "Samples", "weighted_crps", "weighted_quantile"]
+__all__ = ["Importance", "Samples", "importance_samples", "weighted_crps", "weighted_quantile"]
 
 #: The proposal: degrees of freedom of its Student-t, widening of the Laplace covariance, share of draws from the prior.
 PROPOSAL_DF, WIDEN, PRIOR_SHARE = 5.0, 1.2, 0.2
@@ -244,80 +245,22 @@ class Importance:
             raise CalibrationError(f"Importance: draws is {self.draws}; expected at least {TOO_FEW}, better 2048.")
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Weighted draws of one posterior.
+def importance_samples(method: Importance, problem, prior: GaussianPrior, mode: np.ndarray) -> Samples:
+    """Draw from the posterior of a `VolumeProblem` around its mode.
 
-    Attributes
-    ----------
-    z : ndarray, shape (draws, p)
-    weights : ndarray, shape (draws,)
-        Their sum is 1.
-    log_evidence : float
+    Raises
+    ------
+    CalibrationError
+        If nearly all the weight falls on a few draws.
     """
-
-    z: np.ndarray
-    weights: np.ndarray
-    log_evidence: float = field(default=float("nan"))
-
-    @property
-    def ess(self) -> float:
-        """Effective sample size, 1 / sum of squared weights."""
-        return float(1 / (self.weights**2).sum())
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """Posterior covariance (p, p)."""
-        offset = self.z - self.weights @ self.z
-        return (offset * self.weights[:, None]).T @ offset
-
-    def quantile(self, q: Sequence[float]) -> np.ndarray:
-        """Quantiles of each coordinate, (len(q), p)."""
-        return np.stack([weighted_quantile(x, self.weights, q) for x in self.z.T], 1)
-
-    def resample(self, draws: int, rng: np.random.Generator) -> np.ndarray:
-        """Equally weighted draws (draws, p), by systematic resampling in random order."""
-        where = np.searchsorted(np.cumsum(self.weights), (rng.random() + np.arange(draws)) / draws)
-        return self.z[rng.permutation(np.minimum(where, len(self.weights) - 1))]
-
-    @classmethod
-    def draw(cls, method: Importance, problem, prior: GaussianPrior, mode: np.ndarray) -> Samples:
-        """Draw from the posterior of a `VolumeProblem` around its mode.
-
-        Raises
-        ------
-        CalibrationError
-            If nearly all the weight falls on a few draws.
-        """
-        data = VolumeData.of(problem.model, problem.parameters, [problem.patient], problem.volume_model.solver)
-        scale, points = problem.scale[None], Points.make(1, method.draws, len(mode), method.seed)
-        at, covariance = modes(data, prior, scale, problem.df, mode[None], 3)
-        drawn = sample(data, prior, scale, problem.df, at, covariance, points)
-        found = cls(drawn.z[0], drawn.weights[0], float(drawn.log_evidence[0]))
-        if found.ess < TOO_FEW:
-            raise CalibrationError(
-                f"patient {problem.patient.id}: importance sampling has an effective sample size of {found.ess:.1f} of "
-                f"{method.draws} draws; raise draws, or calibrate with Laplace()."
-            )
-        return found
-
-
-def weighted_quantile(x: np.ndarray, weights: np.ndarray, q: Sequence[float]) -> np.ndarray:
-    """Quantiles of weighted draws along the last axis: x and weights (..., draws), to (..., len(q))."""
-    order = np.argsort(x, -1)
-    x, cumulated = np.take_along_axis(x, order, -1), np.cumsum(np.take_along_axis(weights, order, -1), -1)
-    where = [np.minimum((cumulated < k).sum(-1), x.shape[-1] - 1) for k in q]
-    return np.stack([np.take_along_axis(x, w[..., None], -1)[..., 0] for w in where], -1)
-
-
-def weighted_crps(x: np.ndarray, weights: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Continuous ranked probability score of weighted draws along the last axis.
-
-    Gneiting and Raftery 2007, J Am Stat Assoc 102:359, doi:10.1198/016214506000001437.
-    """
-    order = np.argsort(x, -1)
-    x, weights = np.take_along_axis(x, order, -1), np.take_along_axis(weights, order, -1)
-    below = np.cumsum(weights, -1)[..., :-1]
-    error = (weights * np.abs(x - np.asarray(observed)[..., None])).sum(-1)
-    return error - (below * (1 - below) * np.diff(x, axis=-1)).sum(-1)
-
+    data = VolumeData.of(problem.model, problem.parameters, [problem.patient], problem.volume_model.solver)
+    scale, points = problem.scale[None], Points.make(1, method.draws, len(mode), method.seed)
+    at, covariance = modes(data, prior, scale, problem.df, mode[None], 3)
+    drawn = sample(data, prior, scale, problem.df, at, covariance, points)
+    found = Samples(drawn.z[0], drawn.weights[0], float(drawn.log_evidence[0]))
+    if found.ess < TOO_FEW:
+        raise CalibrationError(
+            f"patient {problem.patient.id}: importance sampling has an effective sample size of {found.ess:.1f} of "
+            f"{method.draws} draws; raise draws, or calibrate with Laplace()."
+        )
+    return found
