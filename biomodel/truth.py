@@ -90,11 +90,12 @@ def face_rates(mask: NDArray[np.bool_], diffusivity: Array, spacing: Sequence[fl
 def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box, spans):
     """One Runge-Kutta stage on a box of padded arrays: r = rhs(y); acc (+)= b r; out = u + a r, or u = acc + b r.
 
-    `kind` is 0 for the first stage, 1 for the middle ones and 2 for the last. `floor` > 0 selects Gompertz growth, with
-    a rate that rises no further below that fraction; `floor` = 0 selects logistic growth. `spans` holds the organ's
-    extent along each row.
+    `kind` is 0 for the first stage, 1 for the middle ones and 2 for the last. `growth` is a padded map of the rate, or
+    has a single voxel. `floor` > 0 selects Gompertz growth, with a rate that rises no further below that fraction;
+    `floor` = 0 selects logistic growth. `spans` holds the organ's extent along each row.
     """
     crowd = np.empty(u.shape[3])
+    mapped, one = growth.size > 1, growth[0, 0, 0]
     for i in range(box[0, 0], box[0, 1]):
         for j in range(box[1, 0], box[1, 1]):
             x0, x1 = max(box[2, 0], spans[i, j, 0]), min(box[2, 1], spans[i, j, 1])
@@ -105,10 +106,13 @@ def _stage(u, y, acc, out, cz, cy, cx, growth, floor, kill, a, b, kind, box, spa
                     crowd[m] += y[p, i, j, m]
             if floor > 0.0:
                 for m in range(x0, x1):
-                    crowd[m] = -growth * np.log(max(crowd[m], floor))
+                    crowd[m] = -(growth[i, j, m] if mapped else one) * np.log(max(crowd[m], floor))
+            elif mapped:
+                for m in range(x0, x1):
+                    crowd[m] = growth[i, j, m] * (1.0 - crowd[m])
             else:
                 for m in range(x0, x1):
-                    crowd[m] = growth * (1.0 - crowd[m])
+                    crowd[m] = one * (1.0 - crowd[m])
             for p in range(u.shape[0]):
                 mid, zl, zu = y[p, i, j], y[p, i - 1, j], y[p, i + 1, j]
                 yl, yu = y[p, i, j - 1], y[p, i, j + 1]
@@ -162,7 +166,7 @@ def integrate(
     mask: NDArray[np.bool_],
     diffusivity: Array,
     spacing: Sequence[float],
-    growth: float,
+    growth: float | Array,
     hazard: Hazard,
     times: Sequence[float],
     *,
@@ -180,8 +184,8 @@ def integrate(
         Cell fraction of each population at `start`; zero outside the mask. It is not changed.
     mask, diffusivity, spacing
         See :func:`face_rates`.
-    growth : float
-        Growth rate k (1/day): k (1 - U) for logistic growth, -k log(U) for Gompertz.
+    growth : float or array of shape (z, y, x)
+        Growth rate k (1/day), the same everywhere or a map: k (1 - U) for logistic growth, -k log(U) for Gompertz.
     hazard : Hazard
         The kill. The state at a time is the one before a dose at that time.
     times : increasing sequence of floats
@@ -218,10 +222,13 @@ def integrate(
     behind = np.where(inside.any(axis=2), inside.shape[2] - inside[:, :, ::-1].argmax(axis=2), 0)
     spans = np.stack([first_in, behind], axis=-1)
     spread = float(np.max(2.0 * (cz + cy + cx + sum(np.roll(c, -1, a) for a, c in enumerate((cz, cy, cx))))))
-    steepest = growth * max(1.0, -np.log(gompertz_floor)) if gompertz_floor > 0 else growth
+    rates = np.asarray(growth, float)
+    rates = np.pad(rates, 1) if rates.ndim == 3 else rates.reshape(1, 1, 1)
+    fastest = float(np.abs(rates).max())
+    steepest = fastest * max(1.0, -np.log(gompertz_floor)) if gompertz_floor > 0 else fastest
 
     def stage(y: Array, out: Array, kill: float, a: float, b: float, kind: int) -> None:
-        _stage(u, y, total, out, cz, cy, cx, growth, gompertz_floor, kill * kills, a, b, kind, box, spans)
+        _stage(u, y, total, out, cz, cy, cx, rates, gompertz_floor, kill * kills, a, b, kind, box, spans)
 
     now = float(start)
     for wanted in times:

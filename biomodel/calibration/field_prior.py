@@ -82,11 +82,35 @@ class FieldPrior:
     matern : Matern
     shape, spacing : (z, y, x)
         Voxels and mm.
+    padding : float, optional
+        Width of the padding, mm, where it is not the prior's length: priors on the same padded box have the same
+        eigenvectors, so that one can be exchanged for another.
+
+    Raises
+    ------
+    CalibrationError
+        If no axis has extent, or the length is shorter than a voxel: neighbours would be independent, and the map
+        noise.
     """
 
-    def __init__(self, matern: Matern, shape: tuple[int, int, int], spacing: tuple[float, float, float]):
+    def __init__(
+        self,
+        matern: Matern,
+        shape: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+        padding: float | None = None,
+    ):
         self.matern, self.shape = matern, tuple(shape)
-        self.pad = tuple(int(np.ceil(matern.length / s)) if n > 1 else 0 for n, s in zip(shape, spacing, strict=True))
+        steps = [s for n, s in zip(shape, spacing, strict=True) if n > 1]
+        if not steps:
+            raise CalibrationError("FieldPrior: a single voxel; a map needs at least one axis with extent.")
+        if matern.length < min(steps):
+            raise CalibrationError(
+                f"FieldPrior: length {matern.length:g} mm is shorter than a voxel ({min(steps):g} mm); voxels would "
+                "not inform each other. Give a length of at least two voxels."
+            )
+        margin = matern.length if padding is None else padding
+        self.pad = tuple(int(np.ceil(margin / s)) if n > 1 else 0 for n, s in zip(shape, spacing, strict=True))
         self.padded = tuple(n + 2 * p for n, p in zip(shape, self.pad, strict=True))
         dimensions = sum(n > 1 for n in shape)
         kappa = np.sqrt(8 * (2 - dimensions / 2)) / matern.length
@@ -94,8 +118,9 @@ class FieldPrior:
         for axis, (n, s) in enumerate(zip(self.padded, spacing, strict=True)):
             values = (2 - 2 * np.cos(np.pi * np.arange(n) / n)) / s**2
             laplacian = laplacian + values.reshape([-1 if a == axis else 1 for a in range(3)])
-        spectrum = (kappa**2 + laplacian) ** -2.0
-        self.root_spectrum = np.sqrt(spectrum)
+        #: Eigenvalues of minus the Laplacian, 1/mm², of each coordinate.
+        self.frequencies = np.asarray(laplacian)
+        self.root_spectrum = 1 / (kappa**2 + self.frequencies)
         # The variance is as asked in the middle, away from the reflections.
         middle = np.zeros((1, *shape))
         middle[(0, *(n // 2 for n in shape))] = 1.0

@@ -101,10 +101,13 @@ class ClosedReaction:
 
 
 class PointwiseReaction:
-    """Any pointwise flow, `function(i, u, leaves)` of torch tensors; derivatives by torch."""
+    """Any pointwise flow, `function(i, u, leaves)` of torch tensors; derivatives by torch.
 
-    def __init__(self, kernels, function, leaves: Sequence[torch.Tensor]):
-        self.kernels, self.function = kernels, function
+    `rate` is the number of the leaf that is the growth rate, where a derivative by it as a field is wanted.
+    """
+
+    def __init__(self, kernels, function, leaves: Sequence[torch.Tensor], rate: int | None = None):
+        self.kernels, self.function, self.rate = kernels, function, rate
         self.leaves = [leaf.detach() for leaf in leaves]
         self.gradients = [torch.zeros_like(leaf) for leaf in self.leaves]
 
@@ -136,6 +139,17 @@ class PointwiseReaction:
             u = self.kernels.tensor(u).clone().requires_grad_()
             out = self.function(i, u, self.leaves)
             return self.kernels.array(torch.autograd.grad(out.sum(), u)[0])
+
+    def rate_slope(self, i, u) -> Array:
+        """Derivative of step i by the rate field, the leaf numbered `rate`, voxel by voxel."""
+        assert self.rate is not None
+        with torch.enable_grad():
+            u = self.kernels.tensor(u)
+            leaves = list(self.leaves)
+            leaves[self.rate] = leaves[self.rate].clone().requires_grad_()
+            out = self.function(i, u, leaves)
+            found = torch.autograd.grad(out.sum(), leaves[self.rate])[0].to(u.dtype)
+            return self.kernels.array(torch.nn.functional.pad(found, (1,) * 6).contiguous())
 
 
 class Evolution:

@@ -123,7 +123,9 @@ class Simulation(torch.nn.Module):
         elif self._tabulated(values):
             reaction = TabulatedReaction(self.kernels, leaves, RateRange(leaves[0]))
         else:
-            reaction = PointwiseReaction(self.kernels, function, leaves)
+            names = self._reacting(values)
+            rate = names.index(self._rate) if self._rate in names else None
+            reaction = PointwiseReaction(self.kernels, function, leaves, rate)
         evolution = Evolution(self.kernels, plan, reaction, arrays, scale.detach(), radius)
         return _Prepared(evolution, scale, faces, leaves, function)
 
@@ -524,10 +526,11 @@ class Simulation(torch.nn.Module):
         With `rate` also by the growth rate, which then has to be a field (z, y, x) among `params`.
         """
         values = {k: v.detach() for k, v in self._values(params).items()}
-        if rate and not self._tabulated(values):
+        mapped = [n for n in self._reacting(values) if values[n].ndim > 1]
+        if rate and not (self.model.growth.flow is Flow.BERNOULLI and self.diffuses and mapped == [self._rate]):
             raise SolverError(
                 "linearise: the derivative by a rate field needs a growth law with a Bernoulli flow and one parameter, "
-                "given as a field (z, y, x), with treatments that act alike everywhere, and diffusion."
+                "given as a field (z, y, x), other parameters as numbers, and diffusion."
             )
         u0 = self._state(u0).detach()
         batch = self._batch(values, u0)
