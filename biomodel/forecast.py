@@ -12,7 +12,7 @@ import xarray as xr
 
 from biomodel.calibration.field_prior import Link
 from biomodel.calibration.fit import Fit
-from biomodel.calibration.images import InitialState, computing_box, field_maps
+from biomodel.calibration.images import InitialState, computing_box, field_maps, start_noise
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
 from biomodel.errors import InputError, NotFiniteError, SolverError
 from biomodel.observation import longest_diameter, observe
@@ -183,7 +183,7 @@ def initial_states(
     crop = seen.crop(box)
     settings = patient.cellularity
     initial = InitialState.of(crop, settings.visible_fraction if settings else 0.15,
-                              settings.repeatability_cv if settings else 0.0, domain)  # fmt: skip
+                              settings.repeatability_cv if settings else 0.0, domain, settings)  # fmt: skip
     u0 = initial.state(values)
     if fit.initial_update is not None:
         full = np.zeros(patient.domain.shape)
@@ -192,10 +192,14 @@ def initial_states(
     if change is not None:
         u0 = u0 + change
     elif rng is not None and crop.sd is not None:
-        u0 = u0 + rng.standard_normal(u0.shape) * (crop.sd * crop.region)
+        noise = start_noise(crop, domain, settings)
+        if noise is None:
+            u0 = u0 + rng.standard_normal(u0.shape) * (crop.sd * crop.region)
+        else:
+            u0 = u0 + np.stack([noise.root(rng.standard_normal(noise.size)) for _ in u0])
     if crop.fraction is not None:
         # A voxel of the region was seen as tumour: what a draw takes below the visible fraction is reflected there.
-        low = crop.region & (u0 < initial.visible)
+        low = initial.sure(values) & (u0 < initial.visible)
         u0 = np.where(low, 2 * initial.visible - u0, u0)
     return np.maximum(u0, 0.0) * domain.mask
 

@@ -146,6 +146,8 @@ def cellularity_settings(record: Cellularity | None, name: str) -> CellularitySe
     adc_w = _quantity(record.adc_w, "mm^2/s", f"{where}, adc_w")
     adc_min = _quantity(record.adc_min, "mm^2/s", f"{where}, adc_min")
     radius = _quantity(record.cell_radius, "mm", f"{where}, cell_radius")
+    lengths = {f"{n}_mm": _quantity(getattr(record, n), "mm", f"{where}, {n}")
+               for n in ("noise_length", "edge_sd", "region_shift_sd", "misalignment_sd")}  # fmt: skip
     try:
         return CellularitySettings(
             adc_w=adc_w,
@@ -155,6 +157,7 @@ def cellularity_settings(record: Cellularity | None, name: str) -> CellularitySe
             repeatability_cv=record.repeatability_cv,
             voxel_cv=record.voxel_cv,
             visible_fraction=record.visible_fraction,
+            **lengths,
         )
     except InputError as error:
         raise type(error)(f"{name}: {error}") from None
@@ -387,6 +390,10 @@ def _manifest(patient: Patient, images: dict[str, np.ndarray]) -> dict[str, obje
             "voxel_cv": settings.voxel_cv,
             "visible_fraction": settings.visible_fraction,
         }
+        # Written only where something is stated, so that records without stay as they were.
+        for name in ("noise_length", "edge_sd", "region_shift_sd", "misalignment_sd"):
+            if value := getattr(settings, f"{name}_mm"):
+                data["cellularity"][name] = _written(value, "mm")
     if patient.volumes is not None:
         noise = patient.volumes
         data["volumes"] = {"cv": noise.cv, "floor": _written(noise.floor, "cm^3"), "df": noise.df}

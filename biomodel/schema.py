@@ -110,6 +110,14 @@ class Cellularity(Strict):
     """Coefficient of variation of a single voxel's ADC beyond that."""
     visible_fraction: float = 0.15
     """Cell fraction from which a voxel counts as tumour."""
+    noise_length: Quantity = Quantity(value=0.0, units="mm")
+    """Correlation length of the voxels' noise; 0 where they are independent."""
+    edge_sd: Quantity = Quantity(value=0.0, units="mm")
+    """Standard deviation of how far a drawn edge lies inside or outside the tumour's, alike all around."""
+    region_shift_sd: Quantity = Quantity(value=0.0, units="mm")
+    """Standard deviation, along each axis, of a drawn region's place in its visit's images."""
+    misalignment_sd: Quantity = Quantity(value=0.0, units="mm")
+    """Standard deviation, along each axis, of the shift that registration left between a later visit and the first."""
 
 
 class Volumes(Strict):

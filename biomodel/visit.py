@@ -58,6 +58,18 @@ class CellularitySettings:
         Further coefficient of variation of a single voxel's ADC, independent between voxels.
     visible_fraction
         Cell fraction from which a voxel counts as tumour in volumes and diameters.
+    noise_length_mm
+        Correlation length of the voxels' noise, mm (integral of the correlation along an axis), as from interpolation
+        and filtering on the scanner. 0: independent between voxels.
+    edge_sd_mm
+        Standard deviation of how far a drawn region's edge lies inside or outside the tumour's, alike all around, anew
+        at each visit, mm. 0: edges are where the tumour ends.
+    region_shift_sd_mm
+        Standard deviation, along each axis, of how far a drawn region lies from the tumour in its own visit's images,
+        mm. 0: regions lie where they should.
+    misalignment_sd_mm
+        Standard deviation, along each axis, of a rigid shift that registration left between a later visit's images and
+        the first's, mm. 0: images lie exactly on each other.
     """
 
     adc_w: float
@@ -67,6 +79,10 @@ class CellularitySettings:
     repeatability_cv: float = 0.05
     voxel_cv: float = 0.05
     visible_fraction: float = 0.15
+    noise_length_mm: float = 0.0
+    edge_sd_mm: float = 0.0
+    region_shift_sd_mm: float = 0.0
+    misalignment_sd_mm: float = 0.0
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -96,6 +112,9 @@ class CellularitySettings:
             0 < self.visible_fraction < 1,
             f"cellularity: visible_fraction {self.visible_fraction:g}; expected above 0 and below 1.",
         )
+        for name in ("noise_length", "edge_sd", "region_shift_sd", "misalignment_sd"):
+            value = getattr(self, f"{name}_mm")
+            require(0 <= value <= 20, f"cellularity: {name} {value:g} mm; expected 0 to 20 mm. Check its units.")
 
     def carrying_capacity(self, voxel_volume: float) -> float:
         """Return θ, the number of cells in a full voxel of `voxel_volume` mm³: packing · V / (4/3 π r³)."""

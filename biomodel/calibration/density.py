@@ -266,6 +266,7 @@ class ImageDensity:
     """
 
     def __init__(self, problem: ImageProblem, best: Optimum, prior: GaussianPrior):
+        problem.require_plain("NUTS and SMC")
         self.problem, self.prior, self.size = problem, prior, len(prior.mean)
         self.log_prior, self.limits = _LogPrior(prior), limits_of(problem.parameters)
         linear = best.linear

@@ -22,6 +22,8 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from biomodel.calibration.discrepancy import blocks_of, edge_groups, inflation, weights
+from biomodel.calibration.field_noise import StartNoise
+from biomodel.calibration.placement import Outline, Placement
 from biomodel.domain import Domain
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
@@ -30,6 +32,7 @@ from biomodel.parameters import LogNormal, Normal, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.base import Built, Solver
 from biomodel.treatments import Jump, Kill
+from biomodel.visit import CellularitySettings
 
 HALO = Parameter(
     "halo", "mm", LogNormal(0.7, 0.5), (0.1, 20.0),
@@ -95,7 +98,9 @@ class InitialState:
     """Initial cell fraction as a function of its few parameters, on a cropped grid.
 
     u0 = fraction - shift cv response inside the region (or `level` without ADC), visible exp(-distance / halo)
-    outside.
+    outside. Where the outline's edge is not exactly known, the tumour ends at its offset from the drawn edge; voxels
+    that this edge cuts hold a share of either (partial volume), and beyond the drawn region the fraction is that of the
+    nearest voxel inside.
     """
 
     seen: Seen
@@ -104,20 +109,29 @@ class InitialState:
     distance: np.ndarray
     mask: np.ndarray
     base: np.ndarray
+    outline: Outline | None = None
+    width: float = 1.0
 
     @classmethod
-    def of(cls, seen: Seen, visible: float, cv: float, domain: Domain) -> InitialState:
+    def of(
+        cls, seen: Seen, visible: float, cv: float, domain: Domain, settings: CellularitySettings | None = None
+    ) -> InitialState:
         # From the region's edge, which lies half a voxel beyond the last voxel's centre.
         steps = [s for s, n in zip(domain.spacing, domain.shape, strict=True) if n > 1]
         distance = distance_transform_edt(~seen.region, sampling=domain.spacing) - 0.5 * min(steps, default=0.0)
         base = np.zeros(domain.shape) if seen.fraction is None else np.maximum(seen.fraction, 0.0) * seen.region
-        return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base)
+        outline = Outline.of(seen, domain.spacing, settings)
+        if outline is not None:
+            base, seen = _continued(base, seen, domain)
+        return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base, outline, min(steps, default=1.0))
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         if self.seen.fraction is None:
-            return (HALO, LEVEL)
-        return (HALO, _shift(self.seen.number)) if self.cv else (HALO,)
+            known: tuple[Parameter, ...] = (HALO, LEVEL)
+        else:
+            known = (HALO, _shift(self.seen.number)) if self.cv else (HALO,)
+        return known if self.outline is None else known + self.outline.unknowns
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,18 +140,39 @@ class InitialState:
     def state(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """Initial states (batch, z, y, x) for parameter values (batch,)."""
         halo = np.reshape(values["initial.halo"], (-1, 1, 1, 1))
+        if self.outline is not None:
+            share, beyond = self._edge(values)
+            outside = self.visible * np.exp(-beyond / halo)
+            return (share * self._inside(values) + (1 - share) * outside) * self.mask
         outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
+        return outside + self._inside(values)
+
+    def _inside(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """Cell fraction of the tumour (batch, z, y, x); 0 outside the region, unless that is continued."""
         if self.seen.fraction is None:
-            inside = np.reshape(values["initial.level"], (-1, 1, 1, 1)) * self.seen.region
-        else:
-            shift = np.reshape(values.get(shift_name(self.seen.number), np.zeros(1)), (-1, 1, 1, 1))
-            assert self.seen.response is not None
-            inside = self.base - shift * self.cv * self.seen.response
-        return outside + inside
+            level = np.reshape(values["initial.level"], (-1, 1, 1, 1))
+            return level * (self.seen.region if self.outline is None else np.ones(self.mask.shape))
+        shift = np.reshape(values.get(shift_name(self.seen.number), np.zeros(1)), (-1, 1, 1, 1))
+        assert self.seen.response is not None
+        return self.base - shift * self.cv * self.seen.response
+
+    def _edge(self, values: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Share of each voxel within the tumour's edge, and its distance beyond it in mm, (batch, z, y, x) each."""
+        assert self.outline is not None
+        beyond = self.outline.distance - self.outline.offset(values)
+        return np.clip(0.5 - beyond / self.width, 0.0, 1.0), np.maximum(beyond, 0.0)
+
+    def sure(self, values: dict[str, np.ndarray]) -> np.ndarray:
+        """Voxels of the region that hold nothing but tumour as far as it was seen, bool (batch or 1, z, y, x)."""
+        if self.outline is None:
+            return self.seen.region[None]
+        return np.asarray(self.seen.region & (self._edge(values)[0] >= 1.0))
 
     def derivatives(self, values: dict[str, float]) -> list[np.ndarray]:
         """Derivative of the state by each of `names`, (z, y, x) each."""
         halo = values["initial.halo"]
+        if self.outline is not None:
+            return self._edged_derivatives(values, halo)
         outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
         found = [outside * self.distance / halo**2]
         if self.seen.fraction is None:
@@ -146,6 +181,42 @@ class InitialState:
             assert self.seen.response is not None
             found.append(-self.cv * self.seen.response)
         return found
+
+    def _edged_derivatives(self, values: dict[str, float], halo: float) -> list[np.ndarray]:
+        assert self.outline is not None
+        batch = {n: np.array([v]) for n, v in values.items()}
+        shares, distances = self._edge(batch)
+        share, beyond = shares[0], distances[0]
+        outside = self.visible * np.exp(-beyond / halo)
+        found = [(1 - share) * outside * beyond / halo**2]
+        if self.seen.fraction is None:
+            found.append(share)
+        elif self.cv:
+            assert self.seen.response is not None
+            found.append(-self.cv * self.seen.response * share)
+        # At a voxel's face the slope jumps; there, its mean from both sides.
+        apart = self.outline.distance - self.outline.offset(batch)[0]
+        cut = np.abs(apart) / self.width
+        slope = np.where(cut < 0.5 - 1e-9, 1.0, np.where(cut < 0.5 + 1e-9, 0.5, 0.0)) / self.width
+        by_offset = slope * (self._inside(batch)[0] - outside)
+        by_offset = by_offset + (1 - share) * outside / halo * (apart > 0)
+        found += [by_offset * mode for mode in self.outline.modes.values()]
+        return [d * self.mask for d in found]
+
+
+def _continued(base: np.ndarray, seen: Seen, domain: Domain) -> tuple[np.ndarray, Seen]:
+    """Measured fraction and its response beyond the region: those of the nearest voxel inside."""
+    nearest = distance_transform_edt(~seen.region, sampling=domain.spacing, return_distances=False, return_indices=True)
+    index = tuple(nearest)
+    response = None if seen.response is None else seen.response[index]
+    return base[index] * domain.mask, replace(seen, response=response)
+
+
+def start_noise(seen: Seen, domain: Domain, settings: CellularitySettings | None) -> StartNoise | None:
+    """Noise of the first visit's cell fraction, where it is correlated; None where voxels are independent."""
+    if settings is None or not settings.noise_length_mm or seen.sd is None:
+        return None
+    return StartNoise(seen.sd * seen.region, domain.spacing, settings.noise_length_mm)
 
 
 def shift_name(number: int) -> str:
@@ -202,7 +273,8 @@ class ImageProblem:
         box = computing_box(patient, model, float(self.days[-1] - self.days[0]))
         self.box, self.domain = box, patient.domain.crop(box)
         crop = [s.crop(box) for s in seen]
-        self.initial = InitialState.of(crop[0], self.visible, self.cv, self.domain)
+        self.initial = InitialState.of(crop[0], self.visible, self.cv, self.domain, settings)
+        self.start_noise = start_noise(crop[0], self.domain, settings)
         self.later = crop[1:]
         fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
         self.simulation: Built = solver.build(model, self.domain, patient.schedule, fields, start=self.days[0])
@@ -213,9 +285,11 @@ class ImageProblem:
         nuisance += [(shift_name(s.number), _shift(s.number)) for s in self.later if s.fraction is not None and self.cv]
         if np.prod(self.domain.shape) <= REFINABLE:
             nuisance.append(("grid.error", GRID))
+        self._rows()
+        self.placement = Placement(self.later, self.domain.spacing, self.rows & ~self.measured, settings)
+        nuisance += [(p.name, p) for p in self.placement.unknowns]
         self.parameters: dict[str, Parameter] = {n: model.parameters[n] for n in model.free} | dict(nuisance)
         self.names = tuple(self.parameters)
-        self._rows()
         self.acting = {n for n in model.free if not n.startswith(tuple(_idle(model, patient, self.days[-1])))}
         self.fine_plan: Any = None
         self.coarse_plan: Any = None
@@ -241,6 +315,9 @@ class ImageProblem:
         columns: list[list[np.ndarray]] = [[], [], [], []]
         for t, s in enumerate(self.later):
             self.measured[t] = _telling(s, self.visible) if s.fraction is not None else False
+            outline = Outline.of(s, self.domain.spacing, settings)
+            if outline is not None:
+                self.measured[t] &= outline.sure
             self.rows[t] = s.region | (near & self.domain.mask)
             here, seen = self.rows[t], self.measured[t][self.rows[t]]
             sign = np.where(seen, 0.0, np.where(s.region[here], -1.0, 1.0))
@@ -252,11 +329,18 @@ class ImageProblem:
             for column, part in zip(columns, found, strict=True):
                 column.append(part)
         self.sign, self.value, self.variance, self.response = (np.concatenate(c) for c in columns)
+        self.together = 1.0
+        if settings and settings.noise_length_mm:
+            # Seen through predictions that are smooth over that length, correlated noise is white noise of as many
+            # fewer voxels.
+            steps = [s for s, n in zip(self.domain.spacing, self.domain.shape, strict=True) if n > 1]
+            self.together = float(np.prod([max(1.0, settings.noise_length_mm / s) for s in steps]))
+            self.variance = self.variance * self.together
         self.time_of_row = np.nonzero(self.rows)[0].astype(np.int16)
         first = self.initial.seen
         self.initial_variance = np.zeros(self.domain.shape) if first.sd is None else first.sd**2 * first.region
         # As if the noise of the first map were carried on voxel by voxel, without smoothing or growth.
-        self.spread = np.broadcast_to(self.initial_variance, self.rows.shape)[self.rows]
+        self.spread = np.broadcast_to(self.initial_variance * self.together, self.rows.shape)[self.rows]
         self.blocks = blocks_of(self.rows, self.domain.spacing)
         regions = [s.region for s in (self.initial.seen, *self.later)]
         self.groups = edge_groups(self.rows, regions, self.domain.spacing)
@@ -264,6 +348,26 @@ class ImageProblem:
         self.inflation = 1.0
 
     # Evaluation -------------------------------------------------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """Whether images and outlines lie where they should and the voxels' noise is independent."""
+        return not self.placement.active and self.initial.outline is None and self.start_noise is None
+
+    def require_plain(self, method: str) -> None:
+        """Refuse what only `MAP` and `Laplace` can do.
+
+        Raises
+        ------
+        CalibrationError
+            If not `plain`.
+        """
+        if not self.plain:
+            raise CalibrationError(
+                f"patient {self.patient.id}: the cellularity states errors of outlines or registration, or correlated "
+                f"noise (edge_sd, region_shift_sd, misalignment_sd, noise_length), which {method} cannot take into "
+                "account yet; calibrate with Laplace(), or set these to 0."
+            )
 
     @property
     def count(self) -> int:
@@ -307,8 +411,12 @@ class ImageProblem:
     def _predict(self, values: dict) -> np.ndarray:
         """Predicted rows, with the estimated error of the grid."""
         self.solves += 1
-        u = self.simulation(*self._arguments(values), plan=self.plan)[0].cpu().numpy()[self.rows]
-        return u + values.get("grid.error", 0.0) * self.grid_error
+        u = self.simulation(*self._arguments(values), plan=self.plan)[0].cpu().numpy()
+        return self.seen(u, values)[self.rows] + values.get("grid.error", 0.0) * self.grid_error
+
+    def seen(self, u: np.ndarray, values: dict) -> np.ndarray:
+        """Maps (..., T, z, y, x) as the later visits show them."""
+        return self.placement.seen(u, values) if self.placement.active else u
 
     def residual(self, z: np.ndarray) -> np.ndarray:
         """Residuals alone, by one forward run."""
@@ -365,19 +473,28 @@ class ImageProblem:
         for name, derivative in zip(self.initial.names, self.initial.derivatives(values), strict=True):
             du0[self.names.index(name), 0] = derivative
         moving = [i for i, n in enumerate(self.names) if n in self.acting or n in self.initial.names]
+        # Maps that are moved need their neighbours; otherwise the rows are enough.
+        wanted = None if self.placement.active else self.rows
         u, du = self.simulation.sensitivities(
-            params, u0, times, [wrt[i] for i in moving], plan=self.plan, du0=torch.tensor(du0[moving]), rows=self.rows
+            params, u0, times, [wrt[i] for i in moving], plan=self.plan, du0=torch.tensor(du0[moving]), rows=wanted
         )
         self.solves += 1 + len(moving)
-        predicted = u[0].cpu().numpy() + values.get("grid.error", 0.0) * self.grid_error
+        whole, changes = u[0].cpu().numpy(), du[:, 0].cpu().numpy()
+        placed: dict[str, np.ndarray] = {}
+        if self.placement.active:
+            placed = {n: d[self.rows] for n, d in self.placement.derivatives(whole, values).items()}
+            whole, changes = self.seen(whole, values)[self.rows], self.seen(changes, values)[:, self.rows]
+        predicted = whole + values.get("grid.error", 0.0) * self.grid_error
         residual, active = self._residual(predicted, values)
         jacobian = np.zeros((len(self.names), len(active)))
         if "grid.error" in self.names:
             jacobian[self.names.index("grid.error")] = self.grid_error[active]
-        for i, d in zip(moving, du[:, 0].cpu().numpy(), strict=True):
+        for i, d in zip(moving, changes, strict=True):
             jacobian[i] = d[active]
+        for name, d in placed.items():
+            jacobian[self.names.index(name)] = d[active]
         jacobian = (jacobian + self.shifts(active)) * self.chain(z)[:, None]
-        weights = Weights(self, params, u0, times, active, exact)
+        weights = Weights(self, params, u0, times, active, exact, values)
         carried = weights.carried(self.update)
         return ImageLinear(self, residual[active] + carried, jacobian, weights, carried)
 
@@ -409,8 +526,10 @@ class Weights:
     needs no solves.
     """
 
-    def __init__(self, problem: ImageProblem, params, u0, times, active: np.ndarray, exact: bool):
-        self.problem, self.active = problem, active
+    def __init__(
+        self, problem: ImageProblem, params, u0, times, active: np.ndarray, exact: bool, values: dict[str, float]
+    ):
+        self.problem, self.active, self.values = problem, active, values
         self.where = np.flatnonzero(problem.rows)[active]
         variance, trust = problem.variance[active], problem.trust[active]
         self.variance = variance / trust
@@ -423,13 +542,20 @@ class Weights:
     def _scatter(self, x: np.ndarray) -> torch.Tensor:
         full = np.zeros((len(x), 1, self.problem.rows.size))
         full[:, 0, self.where] = x
-        return torch.tensor(full).reshape(len(x), 1, *self.problem.rows.shape)
+        full = full.reshape(len(x), 1, *self.problem.rows.shape)
+        if self.problem.placement.active:
+            full = self.problem.placement.back(full, self.values)
+        return torch.tensor(full)
 
     def pulled(self, x: np.ndarray) -> np.ndarray:
         """R0 J' x: (m, n) to (m, z, y, x)."""
         assert self.linear is not None
         self.problem.solves += len(x)
-        return self.linear.pull(self._scatter(x))[:, 0].cpu().numpy() * self.problem.initial_variance
+        pulled = self.linear.pull(self._scatter(x))[:, 0].cpu().numpy()
+        noise = self.problem.start_noise
+        if noise is None:
+            return pulled * self.problem.initial_variance
+        return np.stack([noise.root(noise.transpose(one)) for one in pulled])
 
     def carried(self, update: np.ndarray) -> np.ndarray:
         """J update, (n,)."""
@@ -440,7 +566,8 @@ class Weights:
     def _pushed(self, x: np.ndarray) -> np.ndarray:
         """J x: (m, z, y, x) to (m, n)."""
         assert self.linear is not None
-        return self.linear.push(torch.tensor(x[:, None]))[:, 0].cpu().numpy().reshape(len(x), -1)[:, self.where]
+        pushed = self.linear.push(torch.tensor(x[:, None]))[:, 0].cpu().numpy()
+        return self.problem.seen(pushed, self.values).reshape(len(x), -1)[:, self.where]
 
     def covariance(self, x: np.ndarray) -> np.ndarray:
         """C x for rows of x, (m, n)."""
