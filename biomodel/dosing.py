@@ -32,7 +32,7 @@ __all__ = ["DoseResponse", "Expected", "Objective", "OptimisedSchedule", "Quanti
 #: Doses below this share of the reference dose are left out of an optimised schedule.
 NEGLIGIBLE = 1e-3
 #: Change of the objective (log10 of cells) at which the search ends.
-SETTLED = 1e-4
+SETTLED = 1e-5
 #: Unit of days in the search, so that amounts and days change alike.
 WEEK = 7.0
 
@@ -236,6 +236,7 @@ def optimise(
     days: Sequence[float],
     limits: Limits | None = None,
     objective: Objective = Expected(),  # noqa: B008
+    starts: Sequence[Schedule] = (),
     draws: int = 24,
     seed: int = 0,
     iterations: int = 40,
@@ -260,9 +261,13 @@ def optimise(
         calibrated visit, or the standard's next dose if that comes sooner, to the last of `days`.
     objective : Objective
         `Expected` or `Quantile`, or any object with their method.
+    starts : sequence of Schedule
+        Where else to begin, for instance with another order of the drugs: the search goes downhill only, and drugs that
+        share a limit cannot pass each other. The best end counts. Doses of each start move as those of the standard.
     draws, seed : int
         Of the posterior.
     iterations : int
+        Most of them from each start.
     progress : callable, optional
         Receives a line of text per iteration.
 
@@ -275,8 +280,6 @@ def optimise(
     InputError
         If the limits cannot be met (it says which), no dose may be moved, or the history differs from the patient's.
     """
-    from scipy.optimize import minimize
-
     begin = float(fit.patient.visits[-1].day)
     check_history(fit, {"standard": standard})
     if draws < 1 or iterations < 1:
@@ -291,58 +294,80 @@ def optimise(
             f"optimise: doses may be moved from day {limits.first:g}, before the last calibrated visit on day "
             f"{begin:g}; set first to {begin:g} or later."
         )
+    check_history(fit, {f"start {n}": other for n, other in enumerate(starts, start=1)})
+    ends = [_search(fit, begun, days, limits, objective, draws, seed, iterations, progress)
+            for begun in (standard, *starts)]  # fmt: skip
+    best = min(ends, key=lambda end: end.after)
+    notes = [NOT_ADVICE]
+    if not best.moved:
+        notes.append("The search found nothing better than where it began, put inside the limits.")
+    if best.message:
+        notes.append(f"The search ended early ({best.message}); a longer one may find better.")
+    beyond = limits.violations(standard)
+    if beyond:
+        notes.append(f"The standard itself is beyond the limits: {'; '.join(beyond)}.")
+    return OptimisedSchedule(fit, best.schedule, standard, limits, tuple(sorted({float(d) for d in days})),
+                             ends[0].before, best.after, seed, sum(end.iterations for end in ends),
+                             tuple(notes))  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """Where a search ended: the schedule, the objective before and after, and the words of one that ended early."""
+
+    schedule: Schedule
+    before: float
+    after: float
+    iterations: int
+    moved: bool
+    message: str
+
+
+def _search(fit: Fit, start: Schedule, days: Sequence[float], limits: Limits, objective: Objective, draws: int,
+            seed: int, iterations: int, progress: Callable[[str], None] | None) -> _End:  # fmt: skip
+    """Go downhill from one schedule."""
+    from scipy.optimize import minimize
+
     bounded = {d.agent for d in limits.drugs}
-    moving = [d for d in standard.doses if d.agent in bounded and limits.first <= d.day <= limits.last]
+    moving = [d for d in start.doses if d.agent in bounded and limits.first <= d.day <= limits.last]
     if not moving:
         raise InputError(
             f"optimise: no dose of {', '.join(sorted(bounded)) or 'any drug'} from day {limits.first:g} to day "
-            f"{limits.last:g} in the standard; there is nothing to move."
+            f"{limits.last:g} in the schedule; there is nothing to move."
         )
-    fixed = replace(standard, doses=tuple(d for d in standard.doses if d not in moving))
-    space = _Space(fixed, moving, limits)
+    fixed = replace(start, doses=tuple(d for d in start.doses if d not in moving))
     limits.check(fixed, moving)
     response = DoseResponse(fit, fixed, moving, days, draws, seed)
-    space.reference = response.reference
-    x0 = space.inside(space.pack(np.array([d.amount for d in moving]), np.array([d.day for d in moving])))
+    space = _Space(fixed, moving, limits, response.reference)
+    given = space.pack(np.array([d.amount for d in moving]), np.array([d.day for d in moving]))
+    first = space.inside(given)
+    turns = [0]
 
     def function(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, by_amount, by_day = response.gradient(objective, *space.relative(x))
         return value, np.concatenate((by_amount, by_day * WEEK))
-
-    turns = [0]
 
     def note(x: np.ndarray) -> None:
         turns[0] += 1
         if progress:
             progress(f"schedule, iteration {turns[0]}")
 
-    before = response.value(objective, *space.relative(
-        space.pack(np.array([d.amount for d in moving]), np.array([d.day for d in moving]))))  # fmt: skip
-    found = minimize(function, x0, jac=True, method="SLSQP", bounds=space.bounds, constraints=space.constraints(),
+    found = minimize(function, first, jac=True, method="SLSQP", bounds=space.bounds, constraints=space.constraints(),
                      options={"maxiter": iterations, "ftol": SETTLED}, callback=note)  # fmt: skip
-    x = space.inside(found.x)
-    after, start = response.value(objective, *space.relative(x)), response.value(objective, *space.relative(x0))
-    notes = [NOT_ADVICE]
-    if after > start:
-        x, after = x0, start
-        notes.append("The search found nothing better than the standard, put inside the limits.")
-    if not found.success:
-        notes.append(f"The search ended early ({found.message}); a longer one may find better.")
-    beyond = limits.violations(standard)
-    if beyond:
-        notes.append(f"The standard itself is beyond the limits: {'; '.join(beyond)}.")
-    schedule = Schedule(doses=space.doses(x)) + fixed
-    return OptimisedSchedule(fit, schedule, standard, limits, tuple(float(d) for d in response.days), before, after,
-                             seed, turns[0], tuple(notes))  # fmt: skip
+    last = space.inside(found.x)
+    at = [response.value(objective, *space.relative(x)) for x in (given, first, last)]
+    moved = at[2] < at[1]
+    end = last if moved else first
+    return _End(Schedule(doses=space.doses(end)) + fixed, at[0], min(at[1:]), turns[0], moved,
+                "" if found.success else str(found.message))  # fmt: skip
 
 
 class _Space:
     """Coordinates of the search, (amounts in reference doses, days from the first in weeks), and the limits in them."""
 
-    def __init__(self, fixed: Schedule, doses: Sequence[Dose], limits: Limits):
-        self.fixed, self.limits = fixed, limits
+    def __init__(self, fixed: Schedule, doses: Sequence[Dose], limits: Limits, reference: np.ndarray):
+        self.fixed, self.limits, self.reference = fixed, limits, reference
         self.moving = list(doses)
-        self.reference = np.ones(len(self.moving))
         self.agents = list(dict.fromkeys(d.agent for d in self.moving))
         # Doses of a drug stay in their order.
         self.index = {a: np.array([n for n, d in enumerate(self.moving) if d.agent == a]) for a in self.agents}
