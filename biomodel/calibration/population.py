@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import logsumexp, ndtr, stdtr
 
 from biomodel.calibration.gaussnewton import GaussianPrior, prior_of
 from biomodel.calibration.importance import Points, VolumeData, Weighted, modes, sample
-from biomodel.calibration.volumes import VolumeNoise, measured, t_weights, volume_parameters
+from biomodel.calibration.volumes import VolumeNoise, measured, t_constant, t_weights, volume_parameters
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.parameters import JointPrior, Parameter
@@ -105,6 +106,16 @@ class Population:
         )  # fmt: skip
         return CohortPosterior(self, drawn, mode, later - first[:, None], drawn.fitted[..., width:], seed)
 
+    def laplace(self, patients: Sequence[Patient], solver: TorchSolver | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior modes (n, p) of many patients at once and the covariances (n, p, p) there, as `Laplace` gives."""
+        data = VolumeData.of(self.model, self.parameters, patients, TorchSolver() if solver is None else solver)
+        prior, scale = self.gaussian, self.noise.at(data.since)
+        z, _ = modes(data, prior, scale, self.noise.df, np.tile(prior.mean, (len(patients), 1)), 60)
+        fitted, jacobian = data.model.jacobian(z)
+        weight = np.where(data.seen, t_weights(data.y - fitted, scale, self.noise.df)[1], 0.0)
+        hessian = np.einsum("ntp,nt,ntq->npq", jacobian, weight, jacobian) + prior.precision
+        return z, np.linalg.inv(hessian)
+
     def table(self) -> list[dict[str, object]]:
         """One row per parameter: median, central 90 % of patients, unit."""
         rows = []
@@ -158,6 +169,26 @@ class CohortPosterior:
         rng = np.random.default_rng([self.seed, 3])
         errors = rng.standard_t(noise.df, self.predicted.shape) * noise.at(self.since)[:, None]
         return np.nan_to_num(self.predicted, nan=1e3, posinf=1e3, neginf=-1e3) + errors
+
+    def log_density(self, y: np.ndarray) -> np.ndarray:
+        """Log predictive density of measured log(V + floor), (n, k) to (n, k); each day by itself.
+
+        A volume below the detection floor counts, as in the likelihood, as a measured log(floor).
+        """
+        noise = self.population.noise
+        scale = noise.at(self.since)[:, None]
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            each = t_constant(scale, noise.df) - t_weights(np.asarray(y)[:, None] - self.predicted, scale, noise.df)[0]
+            each = np.where(np.isfinite(each), each, -np.inf) + np.log(self.weights)[..., None]
+        return logsumexp(each, 1)
+
+    def pit(self, y: np.ndarray) -> np.ndarray:
+        """Predictive probability of a measured log(V + floor) below the one seen, (n, k) to (n, k)."""
+        noise = self.population.noise
+        with np.errstate(over="ignore", invalid="ignore"):
+            z = (np.asarray(y)[:, None] - self.predicted) / noise.at(self.since)[:, None]
+        below = ndtr(z) if np.isinf(noise.df) else stdtr(noise.df, z)
+        return np.einsum("ns,nsk->nk", self.weights, np.where(np.isnan(below), 0.0, below))
 
 
 def learn_priors(
@@ -218,72 +249,126 @@ def learn_priors(
     """
     patients, solver = list(patients), TorchSolver() if solver is None else solver
     belief = PseudoPatients() if belief is None else belief
-    if not patients:
-        raise CalibrationError("learn_priors: no patients.")
-    firsts = [measured(p)[1][:1] for p in patients]
-    middle = float(np.median(np.concatenate(firsts))) if any(len(f) for f in firsts) else 1.0
-    parameters = volume_parameters(model, middle)
-    p, n = len(parameters), len(patients)
-    if n <= p:
-        raise CalibrationError(f"learn_priors: {n} patients for {p} parameters; a population needs more.")
-    if start is not None:
-        unknown = sorted(set(start.names) - set(parameters))
-        if unknown:
-            raise CalibrationError(
-                f"learn_priors: start has {', '.join(unknown)}, which is not calibrated; there are "
-                f"{', '.join(parameters)}."
-            )
-    origin = prior_of(parameters, start if start is not None else model.joint)
-    data = VolumeData.of(model, parameters, patients, solver)
-    settings = [patient.volumes for patient in patients if patient.volumes is not None]  # all: checked above
-    df = float(settings[0].df) if df is None else float(df)
-    groups = _groups(data, noise_by_visit)
-    scale_of = np.full(len(groups), float(np.median([s.log_sd for s in settings])))
-    prior, z, points = origin, np.tile(origin.mean, (n, 1)), Points.make(n, draws, p, seed)
+    origin = Origin.of(model, patients, start, df, "learn_priors")
+    data = VolumeData.of(model, origin.parameters, patients, solver)
+    n, p = len(patients), len(origin.parameters)
+    errors = Errors.of([data], origin.scale, noise_by_visit)
+    prior, z, points = origin.prior, np.tile(origin.prior.mean, (n, 1)), Points.make(n, draws, p, seed)
     trace = []
     for iteration in range(iterations):
-        scale = _spread(groups, scale_of)
-        z, covariance = modes(data, prior, scale, df, z, 10 if iteration < 3 else 3)
-        drawn = sample(data, prior, scale, df, z, covariance, points)
+        scale = errors.at(data)
+        z, covariance = modes(data, prior, scale, origin.df, z, 10 if iteration < 3 else 3)
+        drawn = sample(data, prior, scale, origin.df, z, covariance, points)
         trace.append(float(drawn.log_evidence.sum()))
-        mean = (np.einsum("ns,nsp->p", drawn.weights, drawn.z) + belief.mean * origin.mean) / (n + belief.mean)
+        total = np.einsum("ns,nsp->p", drawn.weights, drawn.z)
+        mean = (total + belief.mean * origin.prior.mean) / (n + belief.mean)
         offset = drawn.z - mean
         moment = np.einsum("nsp,nsq->pq", offset * drawn.weights[..., None], offset)
-        spread = (moment + belief.covariance * origin.covariance) / (n + belief.covariance)
+        spread = (moment + belief.covariance * origin.prior.covariance) / (n + belief.covariance)
         prior = GaussianPrior(mean, spread if correlated else np.diag(np.diag(spread)))
-        scale_of = _noise(data, drawn, groups, scale, df, belief.noise)
-    return _population(model, parameters, prior, data, groups, scale_of, df, trace)
+        errors = errors.learned([(data, drawn)], origin.df, belief.noise)
+    noise = errors.noise([data], origin.df)
+    return population_of(model, origin.parameters, prior, noise, n, f"learned from {n} patients", trace)
 
 
-def _groups(data: VolumeData, by_visit: bool) -> list[np.ndarray]:
-    """Measurements that share a scale, as masks (n, T)."""
-    if not by_visit:
-        return [data.seen]
-    return [data.seen & (data.number == k) for k in np.unique(data.number[data.seen])]
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where learning starts: parameters with their prior, the errors' degrees of freedom and scale."""
+
+    parameters: dict[str, Parameter]
+    prior: GaussianPrior
+    df: float
+    scale: float
+
+    @classmethod
+    def of(cls, model: ReactionDiffusion, patients: Sequence[Patient], start: JointPrior | None, df: float | None,
+           who: str) -> Origin:  # fmt: skip
+        """The model's priors, or those of `start`, for a cohort; `who` asks, for the messages."""
+        if not patients:
+            raise CalibrationError(f"{who}: no patients.")
+        firsts = [measured(p)[1][:1] for p in patients]
+        middle = float(np.median(np.concatenate(firsts))) if any(len(f) for f in firsts) else 1.0
+        parameters = volume_parameters(model, middle)
+        if len(patients) <= len(parameters):
+            raise CalibrationError(
+                f"{who}: {len(patients)} patients for {len(parameters)} parameters; a population needs more."
+            )
+        if start is not None and (unknown := sorted(set(start.names) - set(parameters))):
+            raise CalibrationError(
+                f"{who}: start has {', '.join(unknown)}, which is not calibrated; there are {', '.join(parameters)}."
+            )
+        settings = [patient.volumes for patient in patients if patient.volumes is not None]
+        if len(settings) < len(patients):
+            bad = next(p for p in patients if p.volumes is None)
+            raise CalibrationError(
+                f"patient {bad.id} has images or no noise of its volumes; use patient.without_images()."
+            )
+        prior = prior_of(parameters, start if start is not None else model.joint)
+        found = float(settings[0].df) if df is None else float(df)
+        return cls(parameters, prior, found, float(np.median([s.log_sd for s in settings])))
 
 
-def _spread(groups: list[np.ndarray], scale: np.ndarray) -> np.ndarray:
-    found = np.ones(groups[0].shape)
-    for mask, value in zip(groups, scale, strict=True):
-        found[mask] = value
-    return found
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """Scale of the errors of log(V + floor): one, or one for each visit number.
+
+    Attributes
+    ----------
+    visits : ndarray of int, shape (k,)
+        Visit numbers that have a scale of their own; a single 0 where all share one.
+    scale : ndarray, shape (k,)
+    """
+
+    visits: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, data: Sequence[VolumeData], scale: float, by_visit: bool) -> Errors:
+        numbers = np.concatenate([d.number[d.seen] for d in data]) if by_visit else np.zeros(1, int)
+        visits = np.unique(numbers)
+        return cls(visits, np.full(len(visits), scale))
+
+    def _masks(self, data: VolumeData) -> list[np.ndarray]:
+        """Measurements (n, T) that share a scale."""
+        return [data.seen & ((data.number == v) | (v == 0)) for v in self.visits]
+
+    def at(self, data: VolumeData) -> np.ndarray:
+        """Scale of each measurement, (n, T)."""
+        found = np.ones(data.seen.shape)
+        for mask, value in zip(self._masks(data), self.scale, strict=True):
+            found[mask] = value
+        return found
+
+    def learned(self, parts: Sequence[tuple[VolumeData, Weighted]], df: float, belief: float) -> Errors:
+        """Scales that fit weighted draws of several cohorts, each drawn to that of all by `belief` patients."""
+        total, count = np.zeros(len(self.visits)), np.zeros(len(self.visits))
+        for data, drawn in parts:
+            possible = drawn.weights[..., None] > 0
+            residual = np.where(possible, data.y[:, None] - np.where(possible, drawn.fitted, 0.0), 0.0)
+            # As a scale mixture, an error weighs (df + 1) / (df + squared z) in its variance.
+            scale = self.at(data)[:, None]
+            weight = t_weights(residual, scale, df)[1] * scale**2
+            square = np.einsum("ns,nst->nt", drawn.weights, weight * residual**2)
+            masks = self._masks(data)
+            total += [square[m].sum() for m in masks]
+            count += [m.sum() for m in masks]
+        pooled = total.sum() / count.sum()
+        return Errors(self.visits, np.sqrt((total + belief * pooled) / (count + belief)))
+
+    def noise(self, data: Sequence[VolumeData], df: float) -> VolumeNoise:
+        """The same by day."""
+        days = [0.0]
+        if len(self.visits) > 1:
+            since = [np.concatenate(part) for part in zip(*[[d.since[m] for m in self._masks(d)] for d in data],
+                                                          strict=True)]  # fmt: skip
+            days = [float(s.mean()) for s in since]
+        return VolumeNoise(tuple(np.maximum.accumulate(days).tolist()), tuple(float(s) for s in self.scale), df)
 
 
-def _noise(data: VolumeData, drawn: Weighted, groups, scale: np.ndarray, df: float, belief: float) -> np.ndarray:
-    """Scale of each group of errors, drawn to that of all."""
-    possible = drawn.weights[..., None] > 0
-    residual = np.where(possible, data.y[:, None] - np.where(possible, drawn.fitted, 0.0), 0.0)
-    # As a scale mixture, an error weighs (df + 1) / (df + squared z) in its variance.
-    weight = t_weights(residual, scale[:, None], df)[1] * scale[:, None] ** 2
-    square = np.einsum("ns,nst->nt", drawn.weights, weight * residual**2)
-    pooled = square[data.seen].mean()
-    return np.array([np.sqrt((square[m].sum() + belief * pooled) / (m.sum() + belief)) for m in groups])
-
-
-def _population(model, parameters, prior: GaussianPrior, data: VolumeData, groups, scale, df, trace) -> Population:
+def population_of(model: ReactionDiffusion, parameters: Mapping[str, Parameter], prior: GaussianPrior,
+                  noise: VolumeNoise, patients: int, source: str, trace: Sequence[float]) -> Population:  # fmt: skip
     """Gather what was learned."""
-    n, names = data.patients, tuple(parameters)
-    source = f"learned from {n} patients"
+    names = tuple(parameters)
     learned = {
         name: replace(p, prior=p.prior.at(float(prior.mean[i]), float(prior.sd[i])), source=source)
         for i, (name, p) in enumerate(parameters.items())
@@ -293,9 +378,7 @@ def _population(model, parameters, prior: GaussianPrior, data: VolumeData, group
     if own:
         joint = JointPrior(tuple(names[i] for i in own), prior.mean[own], prior.covariance[np.ix_(own, own)], source)
     fitted = replace(model, joint=None).with_priors({names[i]: learned[names[i]].prior for i in own})
-    days = [float(data.since[m].mean()) for m in groups] if len(groups) > 1 else [0.0]
-    noise = VolumeNoise(tuple(np.maximum.accumulate(days).tolist()), tuple(float(s) for s in scale), df)
     return Population(
         fitted if joint is None else fitted.with_joint_prior(joint),
-        JointPrior(names, prior.mean, prior.covariance, source), learned, noise, n, trace[-1], tuple(trace),
+        JointPrior(names, prior.mean, prior.covariance, source), learned, noise, patients, trace[-1], tuple(trace),
     )  # fmt: skip
