@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from biomodel.calibration.field_centre import centred
 from biomodel.calibration.field_evidence import FieldEvidence, LearnedMatern
 from biomodel.calibration.field_noise import StartNoise
 from biomodel.calibration.field_prior import FieldPrior, Link, Matern, Multiplied
@@ -32,7 +33,7 @@ __all__ = ["FieldLaplace", "FieldPosterior"]
 
 @dataclass(frozen=True)
 class FieldLaplace:
-    """The growth rate as a map: maximum of the posterior, and the Gaussian posterior around it.
+    """The growth rate as a map: maximum of the posterior, and the Gaussian posterior near it.
 
     Parameters
     ----------
@@ -51,6 +52,12 @@ class FieldLaplace:
         Stop where the gradient has fallen by this factor.
     most : int
         Most Hessian products for the posterior's eigenpairs, and half as many for the evidence.
+    floor : float
+        Eigenvalues below it are left out of the posterior: at 1 the data say as much as the prior, and a direction
+        left out is at most 1.4 times as wide as it should be.
+    pairs : int
+        Pairs of draws that find the posterior's mean from its maximum, see :mod:`biomodel.calibration.field_centre`; 0
+        stays at the maximum.
     rounds : int
         How often at most a `LearnedMatern` is set anew and the maximum found again.
     seed : int
@@ -63,15 +70,17 @@ class FieldLaplace:
     iterations: int = 20
     tolerance: float = 1e-3
     most: int = 600
+    floor: float = 1.0
+    pairs: int = 8
     rounds: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.noise_length < 0 or min(self.iterations, self.most, self.rounds) < 1 or not 0 < self.tolerance < 1:
+        if self.noise_length < 0 or self.pairs < 0 or min(self.iterations, self.most, self.rounds) < 1 or not 0 < self.tolerance < 1 or self.floor <= 0:
             raise CalibrationError(
                 f"FieldLaplace: noise_length {self.noise_length:g}, iterations {self.iterations}, most {self.most}, "
-                f"rounds {self.rounds}, tolerance {self.tolerance:g}; expected a length of 0 or more, counts of 1 or "
-                "more, a tolerance between 0 and 1."
+                f"rounds {self.rounds}, tolerance {self.tolerance:g}, floor {self.floor:g}; expected a length of 0 or "
+                "more, counts of 1 or more, a tolerance between 0 and 1, a positive floor."
             )
 
 
@@ -200,8 +209,20 @@ def calibrate_field(
         if max(abs(np.log(matern.length / before.length)), abs(np.log(matern.sd / before.sd))) < 0.1:
             break
     linear = problem.linearise(white)
-    lowrank = leading(linear.hessian, problem.size, most=method.most, seed=method.seed)
+    lowrank = leading(linear.hessian, problem.size, method.floor, method.most, method.seed)
     rest = remainder(linear.hessian, lowrank, problem.size, seed=method.seed)
+    misfit = float((linear.residual**2 * linear.precision).sum())
+    measured = problem.base.measured[problem.base.rows]
+    spread = problem.variance[measured] / problem.trust[measured]
+    log_likelihood = -0.5 * (misfit + float(np.log(2 * np.pi * spread).sum()))
+    log_evidence = log_likelihood - 0.5 * float(white @ white) - lowrank.information - rest
+    for _ in range(2 if method.pairs else 0):
+        moved = centred(problem, white, lowrank, method.pairs, seed=method.seed, progress=progress)
+        if moved is white:
+            break
+        white = moved
+        linear = problem.linearise(white)
+        lowrank = leading(linear.hessian, problem.size, method.floor, method.most, method.seed)
     scalars = (problem.gaussian.mean, problem.root)
     posterior = FieldPosterior(
         problem.base.box, white, lowrank, problem.field, method.link, scalars, problem.noise, tuple(steps),
@@ -215,10 +236,6 @@ def calibrate_field(
             f"The posterior's eigenpairs were cut off at {lowrank.products} products; the largest left out is about "
             f"{lowrank.next_value:.2g}. Raise most."
         )
-    misfit = float((linear.residual**2 * linear.precision).sum())
-    measured = problem.base.measured[problem.base.rows]
-    spread = problem.variance[measured] / problem.trust[measured]
-    log_likelihood = -0.5 * (misfit + float(np.log(2 * np.pi * spread).sum()))
     return Fit(
         model=model,
         patient=patient,
@@ -229,7 +246,7 @@ def calibrate_field(
         z=problem.decode(white)[0],
         covariance=posterior.covariance,
         log_likelihood=log_likelihood,
-        log_evidence=log_likelihood - 0.5 * float(white @ white) - lowrank.information - rest,
+        log_evidence=log_evidence,
         count=problem.base.count,
         iterations=len(steps),
         solves=problem.base.solves,

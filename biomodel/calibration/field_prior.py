@@ -15,6 +15,9 @@ __all__ = ["Added", "FieldPrior", "Link", "Matern", "Multiplied"]
 class Link:
     """How a field makes a map of a parameter from its level, a number."""
 
+    #: Whether the field is a change of the parameter's logarithm.
+    logarithmic = False
+
     def of(self, level: np.ndarray, field: np.ndarray) -> np.ndarray:
         """The map, from a level that broadcasts to the field."""
         raise NotImplementedError
@@ -27,6 +30,8 @@ class Link:
 @dataclass(frozen=True)
 class Multiplied(Link):
     """level exp(field): the field is the logarithm of a factor, and the map is positive."""
+
+    logarithmic = True
 
     def of(self, level: np.ndarray, field: np.ndarray) -> np.ndarray:
         return np.asarray(level * np.exp(field))

@@ -6,6 +6,7 @@ Unknowns are whitened by their prior: scalars first, then the field, then the st
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from biomodel.calibration.field_prior import FieldPrior, Link, Matern
 from biomodel.calibration.gaussnewton import prior_of
 from biomodel.calibration.images import ImageProblem
 from biomodel.calibration.lowrank import conjugate_gradients
-from biomodel.errors import CalibrationError, SolverError
+from biomodel.errors import CalibrationError, ModelError, SolverError
 from biomodel.models import ReactionDiffusion
 from biomodel.patient import Patient
 from biomodel.solvers.simulation import Linearisation, Simulation
@@ -70,6 +71,7 @@ class FieldProblem:
                 "with a rate that is calibrated (not Fixed)."
             )
         self.base = ImageProblem(model, patient, solver)
+        self.base.require_plain("FieldLaplace")
         if not self.base.count:
             raise CalibrationError(
                 f"patient {patient.id}: no later visit has a measured cell fraction (an ADC map inside a region); a "
@@ -151,6 +153,41 @@ class FieldProblem:
         self.base.solves += 1
         residual, _ = self._residual(u, values)
         return 0.5 * float((residual**2 / self.variance * self.trust).sum() + white @ white)
+
+    def slope(self, white: np.ndarray) -> tuple[float, np.ndarray]:
+        """The objective and its gradient (n,), by one run and its adjoint."""
+        values, params, u0, times = self._run(white)
+        base, (z, field) = self.base, self.decode(white)
+        live = {n: torch.as_tensor(v, dtype=torch.float64).requires_grad_() for n, v in params.items()}
+        u0.requires_grad_()
+        u = base.simulation(live, u0, times, plan=base.plan)
+        base.solves += 3
+        residual, _ = self._residual(u.detach(), values)
+        weighted = residual / self.variance * self.trust
+        cotangent = np.zeros(base.rows.shape)
+        cotangent[base.rows] = weighted
+        found = torch.autograd.grad((u[0] * torch.tensor(cotangent)).sum(), [*live.values(), u0])
+        *pulled, start = (g.numpy() for g in found)
+        start = start.reshape(base.domain.shape)
+        by = dict(zip(live, pulled, strict=True))
+        by_field, by_level = self.link.slopes(values[self.rate], field)
+        scalars = base.shifts(np.arange(len(weighted))) @ weighted
+        for i, name in enumerate(base.names):
+            if name == self.rate:
+                scalars[i] += float((by[name] * by_level).sum())
+            elif name in by:
+                scalars[i] += float(by[name])
+            elif name == "grid.error":
+                scalars[i] += float(base.grid_error @ weighted)
+        for name, derivative in zip(base.initial.names, base.initial.derivatives(values), strict=True):
+            scalars[base.names.index(name)] += float((start * derivative).sum())
+        parts = (
+            self.root.T @ (scalars * base.chain(z)),
+            self.field.transpose((by_field * by[self.rate])[None])[0],
+            self.noise.transpose(start),
+        )
+        value = 0.5 * float((residual**2 / self.variance * self.trust).sum() + white @ white)
+        return value, white - np.concatenate(parts)
 
     def reweigh(self, linear: FieldLinear) -> None:
         """Weigh outliers anew; see :func:`biomodel.calibration.discrepancy.weights`."""
@@ -290,7 +327,7 @@ def maximise(
         while True:
             try:
                 new = problem.objective(white + length * step)
-            except SolverError:
+            except (ModelError, SolverError):  # beyond a parameter's bounds, or too extreme
                 new = np.inf
             if new <= value + 1e-4 * length * float(gradient @ step):
                 white = white + length * step
@@ -299,5 +336,6 @@ def maximise(
             if length < 1e-4:
                 return Maximum(white, tuple(steps), False, first)
         if turn < 3:
-            problem.replan(white)
+            with suppress(SolverError):  # the old steps still serve
+                problem.replan(white)
     return Maximum(white, tuple(steps), False, first)
