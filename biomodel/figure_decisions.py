@@ -59,7 +59,7 @@ def _calendar(axes: Axes, decision: Decision) -> None:
     begin = decision.fit.patient.visits[-1].day
     agents = list(dict.fromkeys(d.agent for s in decision.schedules.values() for d in s.doses))
     largest = {a: max(d.amount for s in decision.schedules.values() for d in s.of(a)) for a in agents}
-    width = 0.9 / max(len(agents), 1)
+    width = 0.9 / max(len(agents), 3)
     span = max(decision.day, begin + 1.0)
     for row, schedule in enumerate(decision.schedules.values()):
         axes.axhline(row + 0.4, color="0.8", lw=0.6)
@@ -100,6 +100,14 @@ def _left(axes: Axes, decision: Decision) -> None:
     axes.annotate("none\nvisible", (1.02, 1.02), xycoords="axes fraction", va="bottom", fontsize=7, color=GREY)
     if positive:
         axes.set_xscale("log")
+        low, high = np.log10(axes.get_xlim())
+        leads = (1.0,) if high - low > 3 else (1.0, 3.0) if high - low > 1 else (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+        places = [(lead, power) for power in range(int(np.floor(low)), int(np.ceil(high))) for lead in leads]
+        places = [(lead, power) for lead, power in places if low <= np.log10(lead) + power <= high]
+        large = high > 5
+        words = [f"${lead:g} \\times 10^{{{power}}}$" if large else f"{lead * 10.0**power:g}" for lead, power in places]
+        axes.set_xticks([lead * 10.0**power for lead, power in places], words)
+        axes.set_xticks([], minor=True)
     units = pretty_units(decision.data[name].attrs["units"])
     axes.set_yticks(range(len(values)), _names(decision))
     axes.tick_params(axis="y", length=0)
