@@ -192,9 +192,9 @@ def initial_states(
     if change is not None:
         u0 = u0 + change
     elif rng is not None and crop.sd is not None:
-        noise = start_noise(crop, domain, settings)
+        noise = start_noise(initial.seen, domain, settings)
         if noise is None:
-            u0 = u0 + rng.standard_normal(u0.shape) * (crop.sd * crop.region)
+            u0 = u0 + rng.standard_normal(u0.shape) * (initial.seen.sd * crop.region)
         else:
             u0 = u0 + np.stack([noise.root(rng.standard_normal(noise.size)) for _ in u0])
     if crop.fraction is not None:

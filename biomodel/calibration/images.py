@@ -60,6 +60,8 @@ SUPPORT = 20.0
 NEIGHBOURHOOD = 12.0
 #: Least standard deviation of a voxel's cell fraction: no model is nearer than that to any tissue.
 LEAST_SD = 0.005
+#: Least distance over which the tumour's cells rise from its edge to what is read, mm.
+LEAST_RISE = 0.1
 #: Relative tolerance of the runs that carry noise from the initial state to the residuals' weights.
 ROUGH = 0.02
 
@@ -98,9 +100,9 @@ class InitialState:
     """Initial cell fraction as a function of its few parameters, on a cropped grid.
 
     u0 = fraction - shift cv response inside the region (or `level` without ADC), visible exp(-distance / halo)
-    outside. Where the outline's edge is not exactly known, the tumour ends at its offset from the drawn edge; voxels
-    that this edge cuts hold a share of either (partial volume), and beyond the drawn region the fraction is that of the
-    nearest voxel inside.
+    outside. Where the outline's edge is not exactly known, voxels nearer to it than that are not read as tumour's: they
+    may hold healthy tissue, in part or as a whole. The tumour then ends at the offset from the drawn edge, with the
+    visible fraction there by definition, and rises from it in a straight line to the nearest voxel that is read.
     """
 
     seen: Seen
@@ -110,7 +112,7 @@ class InitialState:
     mask: np.ndarray
     base: np.ndarray
     outline: Outline | None = None
-    width: float = 1.0
+    anchor: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -120,10 +122,10 @@ class InitialState:
         steps = [s for s, n in zip(domain.spacing, domain.shape, strict=True) if n > 1]
         distance = distance_transform_edt(~seen.region, sampling=domain.spacing) - 0.5 * min(steps, default=0.0)
         base = np.zeros(domain.shape) if seen.fraction is None else np.maximum(seen.fraction, 0.0) * seen.region
-        outline = Outline.of(seen, domain.spacing, settings)
+        outline, anchor = Outline.of(seen, domain.spacing, settings), None
         if outline is not None:
-            base, seen = _continued(base, seen, domain)
-        return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base, outline, min(steps, default=1.0))
+            base, seen, anchor = _continued(base, seen, outline, domain)
+        return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base, outline, anchor)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -141,9 +143,9 @@ class InitialState:
         """Initial states (batch, z, y, x) for parameter values (batch,)."""
         halo = np.reshape(values["initial.halo"], (-1, 1, 1, 1))
         if self.outline is not None:
-            share, beyond = self._edge(values)
-            outside = self.visible * np.exp(-beyond / halo)
-            return (share * self._inside(values) + (1 - share) * outside) * self.mask
+            depth, share = self._edge(values)
+            outside = self.visible * np.exp(np.minimum(depth, 0.0) / halo)
+            return (outside + share * (self._inside(values) - self.visible)) * self.mask
         outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
         return outside + self._inside(values)
 
@@ -157,16 +159,19 @@ class InitialState:
         return self.base - shift * self.cv * self.seen.response
 
     def _edge(self, values: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Share of each voxel within the tumour's edge, and its distance beyond it in mm, (batch, z, y, x) each."""
-        assert self.outline is not None
-        beyond = self.outline.distance - self.outline.offset(values)
-        return np.clip(0.5 - beyond / self.width, 0.0, 1.0), np.maximum(beyond, 0.0)
+        """Depth of voxels below the tumour's edge, mm, and how far they rise to what is read, (batch, z, y, x) each."""
+        assert self.outline is not None and self.anchor is not None
+        offset = self.outline.offset(values)
+        depth = offset - self.outline.distance
+        # Where the voxel that is read lies beyond the edge itself, nothing rises.
+        whole = np.maximum(offset - self.anchor, LEAST_RISE)
+        return depth, np.clip(depth / whole, 0.0, 1.0)
 
     def sure(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """Voxels of the region that hold nothing but tumour as far as it was seen, bool (batch or 1, z, y, x)."""
+        """Voxels that were read as tumour and lie within its edge, bool (batch or 1, z, y, x)."""
         if self.outline is None:
             return self.seen.region[None]
-        return np.asarray(self.seen.region & (self._edge(values)[0] >= 1.0))
+        return np.asarray(self.outline.sure & (self._edge(values)[0] >= 0.0))
 
     def derivatives(self, values: dict[str, float]) -> list[np.ndarray]:
         """Derivative of the state by each of `names`, (z, y, x) each."""
@@ -185,31 +190,36 @@ class InitialState:
     def _edged_derivatives(self, values: dict[str, float], halo: float) -> list[np.ndarray]:
         assert self.outline is not None
         batch = {n: np.array([v]) for n, v in values.items()}
-        shares, distances = self._edge(batch)
-        share, beyond = shares[0], distances[0]
-        outside = self.visible * np.exp(-beyond / halo)
-        found = [(1 - share) * outside * beyond / halo**2]
+        depths, shares = self._edge(batch)
+        depth, share = depths[0], shares[0]
+        outside = self.visible * np.exp(np.minimum(depth, 0.0) / halo)
+        found = [outside * -np.minimum(depth, 0.0) / halo**2]
         if self.seen.fraction is None:
             found.append(share)
         elif self.cv:
             assert self.seen.response is not None
             found.append(-self.cv * self.seen.response * share)
-        # At a voxel's face the slope jumps; there, its mean from both sides.
-        apart = self.outline.distance - self.outline.offset(batch)[0]
-        cut = np.abs(apart) / self.width
-        slope = np.where(cut < 0.5 - 1e-9, 1.0, np.where(cut < 0.5 + 1e-9, 0.5, 0.0)) / self.width
-        by_offset = slope * (self._inside(batch)[0] - outside)
-        by_offset = by_offset + (1 - share) * outside / halo * (apart > 0)
+        assert self.anchor is not None
+        offset = self.outline.offset(batch)[0]
+        whole = np.maximum(offset - self.anchor, LEAST_RISE)
+        rising = (share > 0) & (share < 1)
+        slope = np.where(rising, 1 / whole - np.where(whole > LEAST_RISE, depth / whole**2, 0.0), 0.0)
+        by_offset = slope * (self._inside(batch)[0] - self.visible) + outside / halo * (depth < 0)
         found += [by_offset * mode for mode in self.outline.modes.values()]
         return [d * self.mask for d in found]
 
 
-def _continued(base: np.ndarray, seen: Seen, domain: Domain) -> tuple[np.ndarray, Seen]:
-    """Measured fraction and its response beyond the region: those of the nearest voxel inside."""
-    nearest = distance_transform_edt(~seen.region, sampling=domain.spacing, return_distances=False, return_indices=True)
+def _continued(base: np.ndarray, seen: Seen, outline: Outline, domain: Domain) -> tuple[np.ndarray, Seen, np.ndarray]:
+    """Measured fraction and its response of the nearest voxel that is read, and how far that lies from the drawn edge.
+
+    Noise is that of voxels that are read.
+    """
+    read = outline.sure
+    nearest = distance_transform_edt(~read, sampling=domain.spacing, return_distances=False, return_indices=True)
     index = tuple(nearest)
     response = None if seen.response is None else seen.response[index]
-    return base[index] * domain.mask, replace(seen, response=response)
+    sd = None if seen.sd is None else seen.sd * read
+    return base[index] * domain.mask, replace(seen, response=response, sd=sd), outline.distance[index]
 
 
 def start_noise(seen: Seen, domain: Domain, settings: CellularitySettings | None) -> StartNoise | None:
@@ -274,7 +284,7 @@ class ImageProblem:
         self.box, self.domain = box, patient.domain.crop(box)
         crop = [s.crop(box) for s in seen]
         self.initial = InitialState.of(crop[0], self.visible, self.cv, self.domain, settings)
-        self.start_noise = start_noise(crop[0], self.domain, settings)
+        self.start_noise = start_noise(self.initial.seen, self.domain, settings)
         self.later = crop[1:]
         fields = {k: np.asarray(v)[box] for k, v in field_maps(model, patient).items()}
         self.simulation: Built = solver.build(model, self.domain, patient.schedule, fields, start=self.days[0])
@@ -337,7 +347,7 @@ class ImageProblem:
             self.together = float(np.prod([max(1.0, settings.noise_length_mm / s) for s in steps]))
             self.variance = self.variance * self.together
         self.time_of_row = np.nonzero(self.rows)[0].astype(np.int16)
-        first = self.initial.seen
+        first = self.initial.seen  # with noise only where it is read
         self.initial_variance = np.zeros(self.domain.shape) if first.sd is None else first.sd**2 * first.region
         # As if the noise of the first map were carried on voxel by voxel, without smoothing or growth.
         self.spread = np.broadcast_to(self.initial_variance * self.together, self.rows.shape)[self.rows]
@@ -549,13 +559,17 @@ class Weights:
 
     def pulled(self, x: np.ndarray) -> np.ndarray:
         """R0 J' x: (m, n) to (m, z, y, x)."""
-        assert self.linear is not None
-        self.problem.solves += len(x)
-        pulled = self.linear.pull(self._scatter(x))[:, 0].cpu().numpy()
+        pulled = self.carried_back(x)
         noise = self.problem.start_noise
         if noise is None:
             return pulled * self.problem.initial_variance
         return np.stack([noise.root(noise.transpose(one)) for one in pulled])
+
+    def carried_back(self, x: np.ndarray) -> np.ndarray:
+        """J' x: (m, n) to (m, z, y, x)."""
+        assert self.linear is not None
+        self.problem.solves += len(x)
+        return np.asarray(self.linear.pull(self._scatter(x))[:, 0].cpu().numpy())
 
     def carried(self, update: np.ndarray) -> np.ndarray:
         """J update, (n,)."""

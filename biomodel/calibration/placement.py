@@ -70,7 +70,9 @@ class Outline:
     reach: float
 
     @classmethod
-    def of(cls, seen: Seen, spacing: tuple[float, float, float], settings: CellularitySettings | None) -> Outline | None:
+    def of(
+        cls, seen: Seen, spacing: tuple[float, float, float], settings: CellularitySettings | None
+    ) -> Outline | None:
         """The outline of a visit; None where its edge is taken as exact, or there is none."""
         if settings is None or not seen.region.any() or not (settings.edge_sd_mm or settings.region_shift_sd_mm):
             return None
@@ -96,12 +98,12 @@ class Outline:
 
     @property
     def sure(self) -> np.ndarray:
-        """Voxels of the region farther from its edge than that is known, bool (z, y, x)."""
-        return np.asarray(self.distance < -self.reach)
+        """Voxels of the region farther from its edge than that is known, bool (z, y, x): at least its deepest."""
+        return np.asarray(self.distance <= max(-self.reach, 0.999 * float(self.distance.min())))
 
     def offset(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """How far the tumour goes beyond the drawn edge, mm, (batch, z, y, x), from values (batch,)."""
-        return sum(np.reshape(values[n], (-1, 1, 1, 1)) * mode for n, mode in self.modes.items())  # type: ignore[return-value]
+        return np.asarray(sum(np.reshape(values[n], (-1, 1, 1, 1)) * mode for n, mode in self.modes.items()))
 
 
 class Placement:

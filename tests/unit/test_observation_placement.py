@@ -100,20 +100,23 @@ def test_without_stated_errors_nothing_changes(virtual):
     assert problem.plain and not any(n.startswith(("edge", "region_shift", "misalignment")) for n in problem.names)
 
 
-def test_an_offset_of_zero_starts_from_the_measured_state(virtual):
+def test_the_start_is_measured_inside_and_ends_with_the_visible_fraction_at_the_edge(virtual):
     patient = virtual.patient
     seen = observe(patient, patient.visits[0])
     plain = InitialState.of(seen, 0.1, 0.05, patient.domain)
     edged = InitialState.of(seen, 0.1, 0.05, patient.domain, settings(edge_sd_mm=1.0, region_shift_sd_mm=1.0))
     values = {"initial.halo": np.array([0.7]), "adc_shift.visit1": np.array([0.4])}
     zero = {p.name: np.zeros(1) for p in edged.outline.unknowns}
-    assert np.allclose(plain.state(values), edged.state(values | zero), atol=1e-12)
-    # Voxels beyond the edge that is drawn too small hold tumour, in part where the edge cuts them.
-    more = edged.state(values | zero | {"edge.visit1": np.array([1.0])})[0] - plain.state(values)[0]
-    at = edged.outline.distance
-    assert more[(at > 0) & (at < 1.01)].mean() > 0.01 and np.abs(more[at < 0]).max() < 1e-12
-    less = edged.state(values | zero | {"edge.visit1": np.array([-2.0])})[0] - plain.state(values)[0]
-    assert less[(at < 0) & (at > -1.01)].mean() < -0.05 and np.abs(less[at < -3.01]).max() < 1e-12
+    at, reach = edged.outline.distance, edged.outline.reach
+    assert reach == pytest.approx(np.hypot(1.0, 1.0))
+    for offset in (0.0, 1.0, -1.0):
+        change = (edged.state(values | zero | {"edge.visit1": np.array([offset])}) - plain.state(values))[0]
+        assert np.abs(change[at < -reach]).max() < 1e-12  # what is read stays, whatever the edge
+        state = edged.state(values | zero | {"edge.visit1": np.array([offset])})[0]
+        band = patient.domain.mask & (np.abs(at - offset) < 1e-9)  # voxel centres that the edge hits
+        assert band.any() == (abs(offset) == 1.0) and np.allclose(state[band], 0.1)
+        beyond = patient.domain.mask & (at > offset)
+        assert np.allclose(state[beyond], 0.1 * np.exp(-(at[beyond] - offset) / 0.7))
 
 
 def test_derivatives_of_the_initial_state(virtual):
