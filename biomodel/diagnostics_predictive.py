@@ -9,6 +9,7 @@ warning, a moderate one no proof.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from biomodel.calibration.images import ImageProblem
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
 from biomodel.errors import InputError
 from biomodel.forecast import forecast
+from biomodel.solvers.torch import TorchSolver
 from biomodel.tables import html_table
 
 __all__ = ["PredictiveCheck", "posterior_predictive_check"]
@@ -54,7 +56,7 @@ class PredictiveCheck:
         """Statistics whose p-value is below `level`."""
         return tuple(n for n, p in zip(self.names, self.p, strict=True) if p < level)
 
-    def table(self) -> list[dict[str, object]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row per statistic: the data's (mean over draws), the central 90 % of the replicates, and the p-value."""
         low, high = np.quantile(self.replicated, [0.05, 0.95], axis=1)
         return [
@@ -64,9 +66,14 @@ class PredictiveCheck:
 
     def _repr_html_(self) -> str:
         rows = [(r["statistic"], f"{r['observed']:.3g}", f"{r['low']:.3g} to {r['high']:.3g}", r["units"],
-                 f"{r['p']:.2g}") for r in self.table()]  # fmt: skip
+                 said(r["p"], self.observed.shape[1])) for r in self.table()]  # fmt: skip
         head = ("statistic", "data", "90 % of replicates", "unit", "p")
         return html_table(head, rows, f"Posterior predictive check, {self.observed.shape[1]} replicates")
+
+
+def said(p: float, draws: int) -> str:
+    """A p-value in words of symbols: that no replicate was like the data does not make it 0."""
+    return f"= {p:.2g}" if p > 0 else f"< {1 / draws:.2g}"
 
 
 def posterior_predictive_check(fit: Fit, draws: int = 200, seed: int = 0) -> PredictiveCheck:
@@ -122,7 +129,7 @@ def _coordinates(fit: Fit, draws: int, seed: int) -> np.ndarray:
 
 def _volumes(fit: Fit, draws: int, seed: int) -> PredictiveCheck:
     patient = fit.patient
-    assert patient.volumes is not None
+    assert patient.volumes is not None and isinstance(fit.solver, TorchSolver)
     days, volumes = measured(patient)
     floor = patient.volumes.floor
     noise = VolumeNoise.of(patient.volumes) if fit.noise is None else fit.noise

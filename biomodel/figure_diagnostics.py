@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from biomodel.calibration.hierarchy import Hierarchy
 from biomodel.diagnostics_forecasts import Coverage
-from biomodel.diagnostics_predictive import PredictiveCheck
+from biomodel.diagnostics_predictive import PredictiveCheck, said
 from biomodel.diagnostics_ranks import RankStatistics
 from biomodel.errors import InputError
 from biomodel.figures import BROWN, DARK, GREY, LINES, WIDTH, styled
@@ -21,6 +21,8 @@ from biomodel.report_blocks import pretty_units
 __all__ = ["coverage_curves", "pit_histogram", "rank_differences", "replicates", "shrinkage"]
 
 COLUMNS = 4
+#: Ratio of largest to smallest value from which an axis is logarithmic.
+WIDE = 6.0
 
 
 @styled
@@ -108,7 +110,7 @@ def pit_histogram(pits: np.ndarray, bins: int = 10) -> Figure:
     low, high = binom.ppf([0.025, 0.975], len(pits), 1 / bins)
     axes.axhspan(low, high, color="0.88", lw=0)
     axes.axhline(len(pits) / bins, color=GREY, lw=0.6)
-    axes.hist(pits, np.linspace(0, 1, bins + 1), histtype="step", color=DARK, lw=1.4)
+    axes.hist(pits, np.linspace(0, 1, bins + 1).tolist(), histtype="step", color=DARK, lw=1.4)
     axes.set_xlim(0, 1)
     axes.set_xlabel("forecast's probability of less than was seen (PIT)")
     axes.set_ylabel("forecasts")
@@ -131,7 +133,7 @@ def replicates(check: PredictiveCheck) -> Figure:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         unit = "" if unit == "1" else f", {pretty_units(unit)}"
-        axes.set_title(f"{name}{unit}\np = {p:.2g}", fontsize=7)
+        axes.set_title(f"{name}{unit}\np {said(p, len(seen))}", fontsize=7)
     for axes in panels[len(check.names) :]:
         axes.remove()
     return figure
@@ -158,13 +160,14 @@ def shrinkage(hierarchy: Hierarchy) -> Figure:
             axes.plot([r["low"], r["high"]], [y, y], color=DARK, lw=1.2, label="90 % interval" if y == 0 else None)
             axes.annotate("", (r["median"], y), (r["own"], y - 0.28),
                           arrowprops={"arrowstyle": "->", "color": BROWN, "lw": 0.9, "shrinkA": 2, "shrinkB": 2})
-            axes.text(1.0, y, f"{r['pooled']:.0%}", transform=axes.get_yaxis_transform(), ha="right", va="center",
-                      fontsize=6.5, color=BROWN)  # fmt: skip
+            axes.text(1.01, y, f"{r['pooled']:.0%}", transform=axes.get_yaxis_transform(), va="center", fontsize=6.5,
+                      color=BROWN)  # fmt: skip
         axes.plot([r["own"] for r in mine], np.arange(len(mine)) - 0.28, "o", mfc="w", mec=BROWN, ms=4.5, ls="none",
                   label="by itself")  # fmt: skip
         axes.plot([r["median"] for r in mine], np.arange(len(mine)), "o", color=DARK, ms=5, ls="none",
                   label="partially pooled")  # fmt: skip
-        if isinstance(hierarchy.overall.parameters[name].prior, LogNormal):
+        reach = max(r["high"] for r in mine) / min(r["low"] for r in mine)
+        if isinstance(hierarchy.overall.parameters[name].prior, LogNormal) and reach > WIDE:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(lambda x, _: f"{x:.2g}" if f"{x:e}"[0] in "235" else "")
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class Hierarchy:
         """Prior of a new patient of a group, known or not."""
         return self.populations.get(group, self.overall)
 
-    def table(self) -> list[dict[str, object]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row for each parameter and group: the group's median by itself, partially pooled, and over all groups.
 
         `own`, `median` (with its 90 % interval `low`, `high`) and `overall` are values of the parameter in its unit;

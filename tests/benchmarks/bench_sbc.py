@@ -112,8 +112,8 @@ def main() -> None:
     methods = {"Laplace": (laplace, arguments.replications), "Importance": (importance, arguments.replications)}
     if arguments.nuts:
         methods["NUTS"] = (nuts, arguments.nuts)
-    print("Virtual tumours; truths from the fit's prior, data from its likelihood. Ranks are uniform where p > 0.01, the ECDF")
-    print("is in its band of 95 %, and a tenth of the truths lie in each outer tenth of their posteriors.")
+    print("Virtual tumours; truths from the fit's prior, data from its likelihood. Ranks are uniform where p > 0.01,")
+    print("the ECDF is in its band of 95 %, and a tenth of the truths lie in each outer tenth of their posteriors.")
     print(f"{'':12s}{'repl.':>6s}{'draws':>6s}  {'':22s}{'p chi²':>10s}{'p ECDF':>10s}{'in band':>9s}{'< 10 %':>10s}"
           f"{'> 90 %':>10s}{'CPU-s':>10s}")  # fmt: skip
     studies = {}

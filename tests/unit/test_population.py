@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 
 import biomodel as bm
 from biomodel.calibration.importance import Importance
@@ -94,6 +94,18 @@ def test_two_runs_are_the_same(linear):
     np.testing.assert_array_equal(runs[0].prior.mean, runs[1].prior.mean)
     other = learn_priors(model, people[:20], iterations=3, seed=1)
     assert (runs[0].prior.mean != other.prior.mean).any()
+
+
+def test_predictive_densities_of_a_linear_model_are_the_exact_ones(linear):
+    _, people, design, logs, population = linear
+    posterior = population.posterior([p.until(3) for p in people[:20]], [60.0], draws=16384)
+    prior, sd = population.prior, population.noise.scale[0]
+    marginal = design @ prior.covariance @ design.T + sd**2 * np.eye(4)
+    gain = marginal[3, :3] @ np.linalg.inv(marginal[:3, :3])
+    centre = design[3] @ prior.mean + (logs[:20, :3] - design[:3] @ prior.mean) @ gain
+    exact = norm(centre, np.sqrt(marginal[3, 3] - gain @ marginal[:3, 3]))
+    np.testing.assert_allclose(posterior.log_density(logs[:20, 3:])[:, 0], exact.logpdf(logs[:20, 3]), atol=0.03)
+    np.testing.assert_allclose(posterior.pit(logs[:20, 3:])[:, 0], exact.cdf(logs[:20, 3]), atol=0.01)
 
 
 def chemotherapy_cohort(n, seed):
