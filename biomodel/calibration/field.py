@@ -71,7 +71,7 @@ class FieldLaplace:
     tolerance: float = 1e-3
     most: int = 600
     floor: float = 1.0
-    pairs: int = 8
+    pairs: int = 6
     rounds: int = 5
     seed: int = 0
 
@@ -217,7 +217,7 @@ def calibrate_field(
     log_likelihood = -0.5 * (misfit + float(np.log(2 * np.pi * spread).sum()))
     log_evidence = log_likelihood - 0.5 * float(white @ white) - lowrank.information - rest
     for _ in range(2 if method.pairs else 0):
-        moved = centred(problem, white, lowrank, method.pairs, seed=method.seed, progress=progress)
+        moved = centred(linear, lowrank, method.pairs, seed=method.seed, progress=progress)
         if moved is white:
             break
         white = moved

@@ -7,6 +7,11 @@ doi:10.2307/1914288). The mean of the best Gaussian has no such bias to leading 
 vanishes on average over the Gaussian (Opper and Archambeau 2009, Neural Comput 21:786,
 doi:10.1162/neco.2008.08-07-592). Pairs of draws on either side of the mean estimate that average; what is linear cancels
 in each pair, so that for a linear model the mean is the maximum, exactly.
+
+The draws have the whole covariance (I + H)^-1: a low-rank one is too wide by up to a factor of 1.4 in each of thousands of
+directions that the data hardly inform, and together these would count twice. A draw is the answer to perturbed data
+(Bardsley, Solonen, Haario and Laine 2014, SIAM J Sci Comput 36:A1895, doi:10.1137/140964023), by few conjugate-gradient
+steps where the leading eigenpairs are known.
 """
 
 from __future__ import annotations
@@ -16,8 +21,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import minimize
 
-from biomodel.calibration.field_problem import FieldProblem
-from biomodel.calibration.lowrank import LowRank
+from biomodel.calibration.field_problem import FieldLinear
+from biomodel.calibration.lowrank import LowRank, conjugate_gradients
 from biomodel.errors import ModelError, SolverError
 
 __all__ = ["centred"]
@@ -27,51 +32,54 @@ ENOUGH = 0.02
 
 
 def centred(
-    problem: FieldProblem,
-    white: np.ndarray,
+    linear: FieldLinear,
     known: LowRank,
     pairs: int,
     evaluations: int = 20,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> np.ndarray:
-    """Mean (n,) of the Gaussian with the covariance `known` that is nearest to the posterior.
+    """Mean (n,) of the Gaussian that is nearest to the posterior, among those with the covariance (I + H)^-1.
 
     Parameters
     ----------
-    problem : FieldProblem
-    white : ndarray, shape (n,)
-        The maximum.
+    linear : FieldLinear
+        At the maximum; H is its data Hessian.
     known : LowRank
-        Of the data Hessian there.
+        Leading eigenpairs of H.
     pairs : int
         Pairs of draws; two runs with their adjoints per pair and evaluation.
     evaluations : int
         Most evaluations of the average.
     seed : int
     """
-    seeds = np.random.default_rng(np.random.SeedSequence([seed, 3])).integers(2**31, size=pairs)
+    problem, white = linear.problem, linear.white
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    root = np.sqrt(linear.precision)
+    offsets = []
+    for _ in range(pairs):
+        right = rng.standard_normal(len(white)) + linear.back(root * rng.standard_normal(len(root)))
+        offsets.append(conjugate_gradients(linear.hessian, right, 0.02, known=known)[0])
 
-    def pair(mean: np.ndarray, one: int) -> tuple[float, np.ndarray]:
-        offset = known.root(np.random.default_rng(one).standard_normal((1, len(mean))))[0]
+    def pair(mean: np.ndarray, offset: np.ndarray) -> tuple[float, np.ndarray]:
         try:
             (above, up), (below, down) = problem.slope(mean + offset), problem.slope(mean - offset)
         except (ModelError, SolverError):  # a draw beyond a bound, or too extreme
             return np.inf, np.zeros_like(mean)
         return (above + below) / 2, (up + down) / 2
 
-    values = {one: pair(white, one)[0] for one in seeds.tolist()}
-    usable = [one for one, value in values.items() if np.isfinite(value)]
+    values = [pair(white, offset)[0] for offset in offsets]
+    usable = [offset for offset, value in zip(offsets, values, strict=True) if np.isfinite(value)]
     if not usable:
         return white
-    first = float(np.mean([values[one] for one in usable]))
+    first = float(np.mean([value for value in values if np.isfinite(value)]))
 
     def average(v: np.ndarray) -> tuple[float, np.ndarray]:
         """What the mean minimises for a given covariance: the objective's average; v is in posterior sd."""
         mean = white + known.root(v[None])[0]
         total, slope = 0.0, np.zeros_like(mean)
-        for one in usable:  # offsets are drawn again each time: many would not fit into memory
-            value, gradient = pair(mean, one)
+        for offset in usable:
+            value, gradient = pair(mean, offset)
             if not np.isfinite(value):
                 return 1e6, np.zeros_like(v)
             total += value / len(usable)

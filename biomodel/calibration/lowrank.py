@@ -141,22 +141,35 @@ def remainder(
 
 
 def conjugate_gradients(
-    product: Callable[[np.ndarray], np.ndarray], right: np.ndarray, rtol: float, most: int = 300
+    product: Callable[[np.ndarray], np.ndarray],
+    right: np.ndarray,
+    rtol: float,
+    most: int = 300,
+    known: LowRank | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Solve (I + H) x = right for a symmetric positive semidefinite H; the solution and the products spent."""
+    """Solve (I + H) x = right for a symmetric positive semidefinite H; the solution and the products spent.
+
+    With eigenpairs of H that are `known`, their inverse preconditions: what is left of H is below 1.
+    """
+
+    def precondition(y: np.ndarray) -> np.ndarray:
+        return y if known is None else known.covariance(y[None])[0]
+
     x = np.zeros_like(right)
     r = right.copy()
-    p = r.copy()
-    rr = float(r @ r)
-    goal = rtol**2 * rr
+    s = precondition(r)
+    p = s.copy()
+    rs = float(r @ s)
+    goal = rtol**2 * rs
     for count in range(1, most + 1):
         hp = p + product(p)
-        step = rr / float(p @ hp)
+        step = rs / float(p @ hp)
         x += step * p
         r -= step * hp
-        new = float(r @ r)
+        s = precondition(r)
+        new = float(r @ s)
         if new <= goal:
             return x, count
-        p = r + new / rr * p
-        rr = new
+        p = s + new / rs * p
+        rs = new
     return x, most
