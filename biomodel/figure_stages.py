@@ -39,9 +39,11 @@ def stages_figure(stages: Stages, quantity: str = "volume") -> Figure:
     axes.plot([r.first for r in rows], at, "|", ms=11, mew=1.8, color="k", label="goes if this error alone is known")
     right = max(1.02 * max(r.high for r in rows), 0.1)
     for y, row in zip(at, rows, strict=True):
-        axes.text(right * 1.02, y, f"{row.contribution:.0%}".replace("-", "−"), va="center", ha="left", fontsize=7.5)
+        label = f"{round(row.contribution, 2) + 0.0:.0%}".replace("-", "−")
+        axes.text(right * 1.02, y, label, va="center", ha="left", fontsize=7.5)
     axes.set_yticks(at, [r.label for r in rows])
     axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
     axes.set_xlim(min(0.0, 1.05 * min(r.low for r in rows)), right * 1.1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}".replace("-", "−"))
     axes.axvline(0, color=GREY, lw=0.7)

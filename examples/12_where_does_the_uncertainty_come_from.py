@@ -60,7 +60,7 @@ course = TreatmentError(intensity_cv=0.1, missed=0.05, delay_sd=2.0)
 found = stages(fits, until=day, draws=150, seed=0, treatment=course)
 print(f"Standard deviation of the volume: {found.variance() ** 0.5:.2f} cm³")
 for share in found.table():
-    print(f"  {share.label:28} {share.contribution:4.0%}  (90 %: {share.low:.0%} to {share.high:.0%})")
+    print(f"  {share.label:28} {share.contribution:4.0%}  (90 %: {max(share.low, 0):.0%} to {share.high:.0%})")
 for stage, reason in found.absent.items():
     print(f"  {LABELS[stage]:28}    –  {reason}")
 total, low, high = found.sum()
