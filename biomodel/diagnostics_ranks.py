@@ -192,21 +192,25 @@ class RankStatistics:
         return uniform_band(self.replications, self.at, level)
 
     def table(self) -> list[dict[str, object]]:
-        """One row per parameter: the two p-values, and the shares of truths in the outer tenths of the posteriors."""
-        share = (self.ranks + 0.5) / (self.draws + 1)
+        """One row per parameter: the two p-values, and the shares of truths in the outer eighths of their posteriors.
+
+        `expected` is the share that right posteriors have in each: an eighth, or as near as the number of draws allows.
+        """
+        edge = max(1, round((self.draws + 1) / 8))
         return [
             {"name": name, "chi_squared_p": float(c), "ecdf_p": float(e), "in_band": bool(e > 0.05),
-             "below_10": float((share[:, k] < 0.1).mean()), "above_90": float((share[:, k] > 0.9).mean())}
+             "lowest": float((self.ranks[:, k] < edge).mean()),
+             "highest": float((self.ranks[:, k] > self.draws - edge).mean()), "expected": edge / (self.draws + 1)}
             for k, (name, c, e) in enumerate(zip(self.names, self.chi_squared, self.ecdf_p, strict=True))
         ]  # fmt: skip
 
     def _repr_html_(self) -> str:
         rows = [
-            (r["name"], f"{r['chi_squared_p']:.3g}", f"{r['ecdf_p']:.3g}", f"{r['below_10']:.1%}",
-             f"{r['above_90']:.1%}") for r in self.table()
+            (r["name"], f"{r['chi_squared_p']:.3g}", f"{r['ecdf_p']:.3g}", f"{r['lowest']:.1%}",
+             f"{r['highest']:.1%}") for r in self.table()
         ]  # fmt: skip
         title = f"Ranks of {self.replications} truths among {self.draws} draws"
-        return html_table(("parameter", "p, chi-squared", "p, ECDF", "lowest tenth", "highest tenth"), rows, title)
+        return html_table(("parameter", "p, chi-squared", "p, ECDF", "lowest eighth", "highest eighth"), rows, title)
 
 
 def rank_statistics(names: Sequence[str], truth: np.ndarray, draws: np.ndarray, seed: int = 0) -> RankStatistics:

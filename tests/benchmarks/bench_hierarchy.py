@@ -121,7 +121,8 @@ def table(found: dict[str, np.ndarray], groups: list[str], title: str) -> None:
         print(f"{row:20s}{m[0, 0]:9.4f}{m[1, 0]:9.4f}{m[0, 2]:9.4f}{m[1, 2]:9.4f}{cover[0]:7.3f}{cover[1]:7.3f}"
               f"{gain:>56s}{crps:>28s}")  # fmt: skip
     bands = [binom.ppf([0.025, 0.975], 2 * n, level) / (2 * n) for level in (0.5, 0.9)]
-    print("exact binomial 95 % bands of the coverages: " + ", ".join(f"{a:.3f} to {b:.3f}" for a, b in bands))
+    print("exact binomial 95 % bands of the coverages, were a patient's two targets independent: "
+          + ", ".join(f"{a:.3f} to {b:.3f}" for a, b in bands))  # fmt: skip
     print("by subtype, partial - row, LPD of a patient, both targets:")
     for name in sorted(set(groups)):
         parts = [f"{row} {interval((found[PARTIAL] - found[row])[kinds == name, :, 0].sum(1))}"

@@ -65,7 +65,7 @@ def test_laplace_fails_where_they_are_skewed():
     k, efficacy = found.names.index("growth.k"), found.names.index("paclitaxel.efficacy")
     assert max(found.chi_squared[[k, efficacy]]) < 1e-4 and max(found.ecdf_p[[k, efficacy]]) < 1e-4
     # Draws too high: of a rate near 0 its logarithm may be anything low, a tail that a Gaussian at the mode lacks.
-    assert all(found.table()[i]["below_10"] > 0.15 for i in (k, efficacy))
+    assert all(found.table()[i]["lowest"] > 0.18 for i in (k, efficacy))
 
 
 @pytest.mark.slow

@@ -100,6 +100,8 @@ def test_a_right_posterior_passes():
     found = gaussian_study()
     assert found.bins == 32 and found.replications == 320
     assert (found.chi_squared > 0.01).all() and (found.ecdf_p > 0.01).all()
+    for row in found.table():
+        assert row["expected"] == 0.125 and 0.06 < row["lowest"] < 0.2 and 0.06 < row["highest"] < 0.2
     np.testing.assert_allclose(found.chi_squared, [chisquare(c).pvalue for c in found.counts])
     low, high = found.band()
     assert ((found.ecdf >= low) & (found.ecdf <= high)).all() == all(r["in_band"] for r in found.table())
@@ -111,11 +113,11 @@ def test_a_wrong_posterior_fails_and_tells_how(width, shift):
     assert (found.chi_squared < 1e-3).all() and (found.ecdf_p < 1e-3).all()
     for row in found.table():
         if width < 1:
-            assert min(row["below_10"], row["above_90"]) > 0.13
+            assert min(row["lowest"], row["highest"]) > 0.16
         elif width > 1:
-            assert max(row["below_10"], row["above_90"]) < 0.07
+            assert max(row["lowest"], row["highest"]) < 0.09
         else:
-            assert row["below_10"] > 0.13 and row["above_90"] < 0.07
+            assert row["lowest"] > 0.16 and row["highest"] < 0.09
 
 
 def test_bins_divide_the_ranks_evenly():
