@@ -195,7 +195,8 @@ def _estimate(
     first = ((b - both.mean()) * (crossed - a)).mean(1) / variance
     rows = [(first + total) / 2, first, total]
     if off is not None:
-        rows.append(1 - (shares[:, None] * off.var(-1)).sum(0) / float(a.var()))
+        # Against two draws of the stage's errors with the same others: fewer chance correlations with them stay.
+        rows.append(1 - (shares[:, None] * off.var(-1)).sum(0) / ((a.var() + crossed.var(1)) / 2))
     return np.stack(rows)
 
 

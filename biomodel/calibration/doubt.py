@@ -23,8 +23,8 @@ __all__ = ["calibrate_in_doubt", "in_doubt"]
 
 #: Inflation of the noise from which outlines are doubted.
 DOUBTED = 2.0
-#: Standard deviation of a doubted edge, in voxels (the smallest spacing): edges that are, with equal chances, a voxel too
-#: small, right or too large have 0.82.
+#: Standard deviation of a doubted edge, in voxels (the smallest spacing): edges that are, with equal chances, a voxel
+#: too small, right or too large have 0.82.
 VOXELS = 0.75
 
 

@@ -57,7 +57,7 @@ def test_a_stage_without_effect_has_no_share_at_any_number_of_draws():
 def test_switching_off_models_averages_over_them():
     a = np.random.default_rng(3).standard_normal(1000)
     off = np.stack([np.stack([a * 0.5]), np.stack([a * 1.5])])
-    fall = _estimate(a, a[::-1], np.stack([a]), off, np.array([0.75, 0.25]))[3]
+    fall = _estimate(a, a[::-1], np.stack([-a]), off, np.array([0.75, 0.25]))[3]
     assert fall == pytest.approx(1 - (0.75 * 0.25 + 0.25 * 2.25))
 
 
