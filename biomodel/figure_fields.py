@@ -38,7 +38,7 @@ def rate_maps(fit: Fit, seed: int = 0) -> Figure:
     """
     found = fit.rate_map
     if found is None:
-        raise InputError(f"rate_maps: a fit by {fit.method} has no map of the growth rate; calibrate by FieldLaplace().")
+        raise InputError(f"rate_maps: a fit by {fit.method} has no map of the rate; calibrate by FieldLaplace().")
     name = next(n for n in fit.names if n.startswith("growth."))
     prior = fit.parameters[name].prior
     z, fields, _ = found.draw(DRAWS, seed)

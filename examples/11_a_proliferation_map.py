@@ -15,8 +15,8 @@ import numpy as np
 
 import biomodel as bm
 from biomodel.calibration.field import FieldLaplace
-from biomodel.calibration.field_prior import Added
 from biomodel.calibration.field_evidence import LearnedMatern
+from biomodel.calibration.field_prior import Added
 from biomodel.figure_fields import rate_maps
 from biomodel.parameters import LogNormal
 from biomodel.patient import CellularitySettings
@@ -38,9 +38,8 @@ doses = bm.Schedule.weekly("paclitaxel", start=1.0, n=8, amount=80.0, units="mg/
 hazard = Hazard(np.array([d.day for d in doses.doses]), np.full(8, 0.09), np.full(8, 0.35))
 two = (1, 2, 2)
 cells = refine(start, two)
-states = integrate(
-    cells[None], np.ones(cells.shape, bool), np.full(cells.shape, 0.05), (2.0, 1.0, 1.0), refine(rate, two), hazard, DAYS
-)
+diffusivity, everywhere = np.full(cells.shape, 0.05), np.ones(cells.shape, bool)
+states = integrate(cells[None], everywhere, diffusivity, (2.0, 1.0, 1.0), refine(rate, two), hazard, DAYS)
 rng = np.random.default_rng(0)
 visits = []
 for number, (day, state) in enumerate(zip(DAYS, states, strict=True), start=1):
@@ -54,8 +53,8 @@ patient = bm.Patient(
 
 # %% [markdown]
 # ## Calibrate on three visits, forecast the fourth
-# `FieldLaplace` makes the rate a map: level plus field (`Added`, so that parts of a tumour may hardly grow). The field's
-# length and sd have hyperpriors, and are set by the evidence.
+# `FieldLaplace` makes the rate a map: level plus field (`Added`, so that parts of a tumour may hardly grow). The
+# field's length and sd have hyperpriors, and are set by the evidence.
 
 # %%
 model = bm.ReactionDiffusion(growth=bm.Logistic(), diffusion=bm.Isotropic(), treatments=[bm.Chemotherapy("paclitaxel")])
@@ -64,8 +63,9 @@ known = patient.until(visit=3)
 fits = {"one rate": bm.calibrate(model, known), "a map": bm.calibrate(model, known, method=method)}
 fit = fits["a map"]
 found = fit.rate_map
+rank = len(found.lowrank.values)
 print(f"field: length {found.prior.matern.length:.1f} mm, sd {found.prior.matern.sd:.3f} 1/day; "
-      f"{len(found.lowrank.values)} directions informed by the images, {fit.solves} solutions of the equation")  # fmt: skip
+      f"{rank} directions informed by the images, {fit.solves} solutions of the equation")  # fmt: skip
 region = patient.visits[0].region[fit.box]
 guess, true = found.rate(fit.values["growth.k"]), rate[fit.box]
 print(f"correlation with the true map in the first region {np.corrcoef(guess[region], true[region])[0, 1]:.2f}")

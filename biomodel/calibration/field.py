@@ -1,12 +1,12 @@
 """Calibration of a map: the growth rate as a Gaussian field, with everything else that is unknown, jointly.
 
 The growth rate is a map made of its level k, as elsewhere, and a field m(x) with the prior of
-:mod:`biomodel.calibration.field_prior`: k exp(m), or k + m. The state at the first visit is an unknown of its own, voxel
-by voxel: the noise of the measured one would pass for growth, and what nobody saw outside the region for diffusion. The
-maximum of the posterior is found by Gauss-Newton steps solved with conjugate gradients, whose number depends on what the
-data know and not on the grid; the posterior about it is Gaussian with the low-rank update of
-:mod:`biomodel.calibration.lowrank`. Length and standard deviation of the field are given, or set by the evidence
-(:mod:`biomodel.calibration.field_evidence`).
+:mod:`biomodel.calibration.field_prior`: k exp(m), or k + m. The state at the first visit is an unknown of its own,
+voxel by voxel: the noise of the measured one would pass for growth, and what nobody saw outside the region for
+diffusion. The maximum of the posterior is found by Gauss-Newton steps solved with conjugate gradients, whose number
+depends on what the data know and not on the grid; from there :mod:`biomodel.calibration.field_centre` finds the mean.
+The posterior is Gaussian with the low-rank update of :mod:`biomodel.calibration.lowrank`. Length and standard deviation
+of the field are given, or set by the evidence (:mod:`biomodel.calibration.field_evidence`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from biomodel.patient import Patient
 from biomodel.solvers.torch import TorchSolver
 
 __all__ = ["FieldLaplace", "FieldPosterior"]
+
+#: How often the mean is sought, each time with the covariance where it was last found.
+CENTRINGS = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class FieldLaplace:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.noise_length < 0 or self.pairs < 0 or min(self.iterations, self.most, self.rounds) < 1 or not 0 < self.tolerance < 1 or self.floor <= 0:
+        counts = min(self.iterations, self.most, self.rounds)
+        if min(self.noise_length, self.pairs) < 0 or counts < 1 or not 0 < self.tolerance < 1 or self.floor <= 0:
             raise CalibrationError(
                 f"FieldLaplace: noise_length {self.noise_length:g}, iterations {self.iterations}, most {self.most}, "
                 f"rounds {self.rounds}, tolerance {self.tolerance:g}, floor {self.floor:g}; expected a length of 0 or "
@@ -93,7 +97,7 @@ class FieldPosterior:
     box : tuple of slice
         Where the map lies on the patient's grid.
     mode : ndarray, shape (p + n,)
-        Whitened maximum: the scalars first, then field and start.
+        Whitened centre, the mean or the maximum: the scalars first, then field and start.
     lowrank : LowRank
         Of the whitened data Hessian.
     prior : FieldPrior
@@ -122,7 +126,7 @@ class FieldPosterior:
 
     @property
     def mean(self) -> np.ndarray:
-        """The field at the maximum, (z, y, x) on the box."""
+        """The field at the centre, (z, y, x) on the box."""
         return self.field(self.mode)
 
     def field(self, white: np.ndarray) -> np.ndarray:
@@ -168,7 +172,7 @@ class FieldPosterior:
         return np.log(self.prior.matern.sd / np.maximum(self.spread(), 1e-12))
 
     def rate(self, level: float) -> np.ndarray:
-        """The map of the rate at the maximum, (z, y, x), from its level."""
+        """The map of the rate at the centre, (z, y, x), from its level."""
         return self.link.of(np.asarray(level), self.mean)
 
     @property
@@ -196,7 +200,9 @@ def calibrate_field(
     found = maximise(problem, np.zeros(problem.size), method.iterations, method.tolerance, progress)
     white, steps = found.white, list(found.steps)
     voxel = min(s for s, n in zip(problem.base.domain.spacing, problem.base.domain.shape, strict=True) if n > 1)
-    for _ in range(method.rounds if hyper else 0):
+    for _ in range(method.rounds):
+        if hyper is None:
+            break
         before = problem.field.matern
         white = problem.exchange(white, hyper.reference(voxel))
         evidence = FieldEvidence(problem.linearise(white), max(method.most // 2, 1), method.seed)
@@ -216,7 +222,7 @@ def calibrate_field(
     spread = problem.variance[measured] / problem.trust[measured]
     log_likelihood = -0.5 * (misfit + float(np.log(2 * np.pi * spread).sum()))
     log_evidence = log_likelihood - 0.5 * float(white @ white) - lowrank.information - rest
-    for _ in range(2 if method.pairs else 0):
+    for _ in range(CENTRINGS if method.pairs else 0):
         moved = centred(linear, lowrank, method.pairs, seed=method.seed, progress=progress)
         if moved is white:
             break

@@ -5,13 +5,13 @@ At the joint maximum scalars are off in one direction: where cells grow faster, 
 nothing at the maximum tells what that costs (the inconsistency of Neyman and Scott 1948, Econometrica 16:1,
 doi:10.2307/1914288). The mean of the best Gaussian has no such bias to leading order: it lies where the gradient
 vanishes on average over the Gaussian (Opper and Archambeau 2009, Neural Comput 21:786,
-doi:10.1162/neco.2008.08-07-592). Pairs of draws on either side of the mean estimate that average; what is linear cancels
-in each pair, so that for a linear model the mean is the maximum, exactly.
+doi:10.1162/neco.2008.08-07-592). Pairs of draws on either side of the mean estimate that average; what is linear
+cancels in each pair, so that for a linear model the mean is the maximum, exactly.
 
-The draws have the whole covariance (I + H)^-1: a low-rank one is too wide by up to a factor of 1.4 in each of thousands of
-directions that the data hardly inform, and together these would count twice. A draw is the answer to perturbed data
-(Bardsley, Solonen, Haario and Laine 2014, SIAM J Sci Comput 36:A1895, doi:10.1137/140964023), by few conjugate-gradient
-steps where the leading eigenpairs are known.
+The draws have the whole covariance (I + H)^-1: a low-rank one is too wide by up to a factor of 1.4 in each of
+thousands of directions that the data hardly inform, and together these would count twice. A draw is the answer to
+perturbed data (Bardsley, Solonen, Haario and Laine 2014, SIAM J Sci Comput 36:A1895, doi:10.1137/140964023), by few
+conjugate-gradient steps where the leading eigenpairs are known.
 """
 
 from __future__ import annotations

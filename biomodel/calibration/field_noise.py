@@ -13,8 +13,8 @@ from scipy.ndimage import gaussian_filter
 
 __all__ = ["HALO_SHARE", "StartNoise"]
 
-#: Standard deviation of the unseen cells' number, relative to what the halo says. A halo falls off exponentially;
-#: a front's foot may as well be Gaussian: over the first 2 mm they differ by about this share.
+#: Standard deviation of the unseen cells' number, relative to what the halo says: a working value. A halo falls off
+#: exponentially; the foot of a front may as well be Gaussian.
 HALO_SHARE = 0.5
 #: Where the halo holds less than this cell fraction, its error changes nothing.
 LEAST = 1e-3
@@ -37,7 +37,7 @@ class StartNoise:
     def __init__(self, sd: np.ndarray, spacing: tuple[float, float, float], length: float):
         self.sd = sd
         self.where = sd > 0
-        # Smoothing white noise by a Gaussian of width w gives the correlation exp(-r² / 4 w²), of integral 2 sqrt(pi) w.
+        # White noise smoothed by a Gaussian of width w has the correlation exp(-r² / 4 w²), of integral 2 sqrt(pi) w.
         self.width = tuple(length / (2 * np.sqrt(np.pi)) / s if n > 1 and length > 1.01 * s else 0.0
                            for n, s in zip(sd.shape, spacing, strict=True))  # fmt: skip
         scale = np.ones(sd.shape)

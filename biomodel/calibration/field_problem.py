@@ -305,7 +305,8 @@ def maximise(
         problem.objective(white)
     except SolverError as error:
         raise CalibrationError(f"the model cannot be evaluated where the search starts: {error}") from error
-    first, steps = largest, []
+    first = largest
+    steps: list[int] = []
     for turn in range(iterations):
         linear = problem.linearise(white)
         problem.reweigh(linear)

@@ -106,7 +106,12 @@ def leading(
 
 
 def remainder(
-    product: Callable[[np.ndarray], np.ndarray], known: LowRank, size: int, probes: int = 4, steps: int = 8, seed: int = 0
+    product: Callable[[np.ndarray], np.ndarray],
+    known: LowRank,
+    size: int,
+    probes: int = 4,
+    steps: int = 8,
+    seed: int = 0,
 ) -> float:
     """Half the sum of log(1 + value) over the eigenvalues that `known` left out, estimated; nats.
 

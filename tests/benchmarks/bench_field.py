@@ -1,7 +1,7 @@
 """A map of the growth rate on two grids: solves, iterations, time and memory. Virtual: a made-up breast and tumour.
 
-One physical patient is imaged on voxels of one size and of half that size. The truth, with a map of the growth rate that
-is no draw of the prior, is solved by `biomodel.truth` on cells half as large as the finer voxels. The noise is one
+One physical patient is imaged on voxels of one size and of half that size. The truth, with a map of the growth rate
+that is no draw of the prior, is solved by `biomodel.truth` on cells half as large as the finer voxels. The noise is one
 field with a correlation length of 4 mm for both grids.
 
 Run: python tests/benchmarks/bench_field.py [--coarse-only] [--learn] [--draws 200] [--seed 0]
@@ -100,22 +100,25 @@ def main() -> None:
         z = (np.log(found.rate(fit.values["growth.k"]) / true)[region]) / drawn.std(0)
         score = {row["predictor"]: row for row in bm.score(forecast, whole).rows}
         counts.append((sum(found.steps), fit.solves, found.lowrank.products))
-        print(f"\n{'×'.join(map(str, whole.domain.shape))} voxels of {whole.domain.spacing} mm, box {found.prior.shape}: "
-              f"{int(whole.domain.crop(fit.box).mask.sum())} of {int(whole.domain.mask.sum())} voxels of the mask; "
-              f"{len(found.mode)} whitened unknowns")  # fmt: skip
+        print(f"\n{'×'.join(map(str, whole.domain.shape))} voxels of {whole.domain.spacing} mm, box "
+              f"{found.prior.shape}: {int(whole.domain.crop(fit.box).mask.sum())} of {int(whole.domain.mask.sum())} voxels of the "
+              f"mask; {len(found.mode)} whitened unknowns")  # fmt: skip
         print(f"  conjugate-gradient products {found.steps}, together {sum(found.steps)}; converged {fit.converged}")
-        print(f"  posterior: {len(found.lowrank.values)} eigenvalues above 1 of {found.lowrank.values[0]:.0f} and less, "
-              f"next {found.lowrank.next_value:.2f}, {found.lowrank.products} products; {fit.solves} solves in all")  # fmt: skip
-        print(f"  field: length {found.prior.matern.length:.1f} mm, sd {found.prior.matern.sd:.2f}; correlation of log k "
+        low, matern = found.lowrank, found.prior.matern
+        print(f"  posterior: {len(low.values)} eigenvalues above 1 of {low.values[0]:.0f} and less, "
+              f"next {low.next_value:.2f}, {low.products} products; {fit.solves} solves in all")  # fmt: skip
+        print(f"  field: length {matern.length:.1f} mm, sd {matern.sd:.2f}; correlation of log k "
               f"with truth in the first region {np.corrcoef(np.log(true[region]), found.mean[region])[0, 1]:.2f}, "
               f"mean z² {np.mean(z**2):.2f}, information {found.lowrank.information:.1f} nats")  # fmt: skip
-        print(f"  D {fit.values['diffusion.D']:.3f} (true {DIFFUSION}), k {fit.values['growth.k']:.3f}")
+        for row in fit.table()[:2]:
+            print(f"  {row['name']} {row['estimate']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
+        print(f"  true D {DIFFUSION}; median of the true k in the first region {np.median(true[region]):.3f}")
         for name, row in score.items():
             ccc = "" if row["ccc"] is None else f", CCC {row['ccc']:.2f}"
             print(f"  day {DAYS[-1]:g}, {name}: volume {row['volume']:.2f} (seen {row['observed_volume']:.2f}) cm³, "
                   f"CRPS {row['crps']:.2f}{ccc}")  # fmt: skip
-        print(f"  CPU: calibration {middle - begin:.0f} s, {given.draws} forecasts {end - middle:.0f} s; wall {wall:.0f} s; "
-              f"peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")  # fmt: skip
+        print(f"  CPU: calibration {middle - begin:.0f} s, {given.draws} forecasts {end - middle:.0f} s; wall "
+              f"{wall:.0f} s; peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")  # fmt: skip
         for note in fit.notes:
             print(f"  note: {note}")
     if len(counts) == 2:

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import gamma, kv
 
 from biomodel.calibration.field_prior import FieldPrior, Matern
-from biomodel.calibration.lowrank import conjugate_gradients, leading
+from biomodel.calibration.lowrank import conjugate_gradients, leading, remainder
 from biomodel.errors import CalibrationError
 
 
@@ -83,3 +83,37 @@ def test_a_cut_off_is_seen(problem):
     matrix, _ = problem
     found = leading(lambda x: matrix.T @ (matrix @ x), 300, floor=1e-9, most=5)
     assert found.products == 5
+
+
+def test_what_the_rank_leaves_out_is_estimated(problem):
+    matrix, _ = problem
+
+    def product(x):
+        return matrix.T @ (matrix @ x)
+
+    known = leading(product, 300, floor=1.0)
+    rest = remainder(product, known, 300, probes=60, steps=12)
+    exact = 0.5 * np.linalg.slogdet(np.eye(12) + matrix @ matrix.T)[1]
+    assert 0 < exact - known.information
+    assert known.information + rest == pytest.approx(exact, abs=0.15)
+
+
+def test_known_pairs_precondition(problem):
+    matrix, data = problem
+
+    def product(x):
+        return matrix.T @ (matrix @ x)
+
+    plain, many = conjugate_gradients(product, matrix.T @ data, 1e-8)
+    known = leading(product, 300, floor=1.0)
+    found, few = conjugate_gradients(product, matrix.T @ data, 1e-8, known=known)
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+    assert few < many
+
+
+@pytest.mark.parametrize(
+    ("length", "shape", "words"), [(1.0, (1, 6, 6), "shorter than a voxel"), (9.0, (1, 1, 1), "a single voxel")]
+)
+def test_prior_needs_voxels_that_inform_each_other(length, shape, words):
+    with pytest.raises(CalibrationError, match=words):
+        FieldPrior(Matern(length, 0.3), shape, (2.0, 2.0, 2.0))
