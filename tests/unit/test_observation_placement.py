@@ -184,3 +184,18 @@ def test_settings_are_written_and_read(virtual, tmp_path):
     assert bm.Patient.read(tmp_path / "p").cellularity == patient.cellularity
     text = (tmp_path / "p" / "patient.json").read_text()
     assert "edge_sd" in text and "noise_length" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_region_drawn_beside_its_tumour_is_found(virtual, which):
+    """A region moved by a voxel, its images not: the shift is found at that visit, with its error, in either visit."""
+    patient = virtual.patient.until(2)
+    visits = list(patient.visits)
+    visits[which] = replace(visits[which], region=np.roll(visits[which].region, 1, 2) & patient.domain.mask)
+    moved = stated(replace(patient, visits=tuple(visits)), region_shift_sd_mm=1.5)
+    fit = bm.calibrate(bm.default_model(moved), moved)
+    for visit in (0, 1):
+        at = fit.names.index(f"region_shift.visit{visit + 1}.x")
+        true = -2.0 if visit == which else 0.0
+        assert abs(fit.z[at] - true) < 3 * fit.sd[at] and fit.sd[at] < 0.9
