@@ -112,8 +112,8 @@ def main() -> None:
     methods = {"Laplace": (laplace, arguments.replications), "Importance": (importance, arguments.replications)}
     if arguments.nuts:
         methods["NUTS"] = (nuts, arguments.nuts)
-    print("Virtual tumours; truths from the fit's prior, data from its likelihood. Ranks are uniform where p > 0.01, the")
-    print("ECDF is in its band (95 %), and 0.125 of the truths lie in the lowest and in the highest eighth of the draws.")
+    print("Virtual tumours; truths from the fit's prior, data from its likelihood. Uniform ranks: p > 0.01, ECDF in")
+    print("its band (95 %), and 0.125 of the truths each in the lowest and in the highest eighth of the draws.")
     print(f"{'':12s}{'repl.':>6s}{'draws':>6s}  {'':22s}{'p chi²':>10s}{'p ECDF':>10s}{'in band':>9s}{'lowest':>10s}"
           f"{'highest':>10s}{'CPU-s':>10s}")  # fmt: skip
     studies = {}
