@@ -253,12 +253,13 @@ for patient, truth in zip(patients, truths, strict=True):
 
 # %% [markdown]
 # ## Look at it
-# Cell fractions seen at the three scans, the forecast's median for the third with the outline of what was seen, the
-# true map of k, and the volume over time (filled dots were used, the open one was not).
+# Cell fractions seen at the three scans, the forecast's median (one rate for all) for the third with the outline of what
+# was seen, the true map of k, the one calibrated on all scans (dashed: where the true one is published), and the volume
+# over time (filled dots were used, the open one was not).
 
 # %%
-figure, axes = plt.subplots(len(results), 6, figsize=(17, 3.1 * len(results)), layout="constrained", squeeze=False)
-for row, patient, truth, (_, forecast, _) in zip(axes, patients, truths, results, strict=True):
+figure, axes = plt.subplots(len(results), 7, figsize=(20, 3.1 * len(results)), layout="constrained", squeeze=False)
+for row, patient, truth, k, (_, forecast, _) in zip(axes, patients, truths, rates, results, strict=True):
     last = patient.visits[-1]
     median = np.zeros(patient.domain.shape)
     median[forecast.box] = forecast["cell_fraction"].sel(time=last.day).median("draw").values
@@ -272,14 +273,18 @@ for row, patient, truth, (_, forecast, _) in zip(axes, patients, truths, results
     image = row[4].imshow(truth.kp, origin="lower", cmap="cividis")
     row[4].set(title="true k (a map)", xticks=[], yticks=[])
     figure.colorbar(image, ax=row[4], label="1/day")
+    image = row[5].imshow(np.where(patient.domain.mask, k, np.nan)[0], origin="lower", cmap="cividis", vmin=0, vmax=0.1)
+    row[5].contour(truth.kp > 0, [0.5], colors="w", linestyles="--")
+    row[5].set(title="k calibrated on all scans", xticks=[], yticks=[])
+    figure.colorbar(image, ax=row[5], label="1/day")
     curve = forecast.curves["volume"]
     low, middle, high = np.quantile(curve.values, [0.05, 0.5, 0.95], axis=0)
-    row[5].fill_between(curve["day"], low, high, alpha=0.2, lw=0)
-    row[5].plot(curve["day"], middle)
+    row[6].fill_between(curve["day"], low, high, alpha=0.2, lw=0)
+    row[6].plot(curve["day"], middle)
     for visit in patient.visits:
-        row[5].plot(visit.day, patient.volume_of(visit), "ko", mfc="w" if visit is last else "k")
+        row[6].plot(visit.day, patient.volume_of(visit), "ko", mfc="w" if visit is last else "k")
     given_on = [dose.day for dose in patient.schedule.doses]
-    row[5].plot(given_on, np.zeros(len(given_on)), "|", color="tab:orange")
-    row[5].set(xlabel="day", ylabel="volume, cm³", ylim=(0, None))
+    row[6].plot(given_on, np.zeros(len(given_on)), "|", color="tab:orange")
+    row[6].set(xlabel="day", ylabel="volume, cm³", ylim=(0, None))
 figure.savefig(folder / "virtual_tnbc.png", dpi=80)
 print(f"\n{folder / 'virtual_tnbc.png'}")

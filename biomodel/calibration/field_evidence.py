@@ -3,10 +3,10 @@
 A prior chosen by hand decides what the data may say: too wide, and a map takes over what other parameters explain; too
 narrow, and it stays flat. The evidence weighs both. It is cheap here, for two reasons. The data inform few directions:
 in those that outweigh even a rough and wide reference prior, U, the data are y = U'd with the covariance
-I + U' J C J' U under any prior C (in units of the noise). And all Matérn priors on one padded box have the same eigenvectors, the
-cosines: C differs from the reference's by a factor for each of them. So one low-rank factorisation of the reference's
-Hessian gives the evidence of every length and sd without another solution of the equations. The data in directions
-where they do not outweigh the widest prior are left out, for all priors alike.
+I + U' J C J' U under any prior C (in units of the noise). And all Matérn priors on one padded box have the same
+eigenvectors, the cosines: C differs from the reference's by a factor for each of them. So one low-rank factorisation of
+the reference's Hessian gives the evidence of every length and sd without another solution of the equations. The data in
+directions where they do not outweigh the widest prior are left out, for all priors alike.
 """
 
 from __future__ import annotations
