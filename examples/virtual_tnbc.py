@@ -253,9 +253,9 @@ for patient, truth in zip(patients, truths, strict=True):
 
 # %% [markdown]
 # ## Look at it
-# Cell fractions seen at the three scans, the forecast's median (one rate for all) for the third with the outline of what
-# was seen, the true map of k, the one calibrated on all scans (dashed: where the true one is published), and the volume
-# over time (filled dots were used, the open one was not).
+# Cell fractions seen at the three scans, the forecast's median (one rate for all) for the third with the outline of
+# what was seen, the true map of k, the one calibrated on all scans (dashed: where the true one is published), and the
+# volume over time (filled dots were used, the open one was not).
 
 # %%
 figure, axes = plt.subplots(len(results), 7, figsize=(20, 3.1 * len(results)), layout="constrained", squeeze=False)
