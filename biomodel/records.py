@@ -381,7 +381,7 @@ def _manifest(patient: Patient, images: dict[str, np.ndarray]) -> dict[str, obje
         data["grid"] = {"mask": "mask.nii.gz", **({"tissues": tissues} if tissues else {})}
     if patient.cellularity is not None:
         settings = patient.cellularity
-        data["cellularity"] = {
+        stated: dict[str, object] = {
             "adc_w": _written(settings.adc_w, "mm^2/s"),
             "adc_min": _written(settings.adc_min, "mm^2/s"),
             "packing": settings.packing,
@@ -393,7 +393,8 @@ def _manifest(patient: Patient, images: dict[str, np.ndarray]) -> dict[str, obje
         # Written only where something is stated, so that records without stay as they were.
         for name in ("noise_length", "edge_sd", "region_shift_sd", "misalignment_sd"):
             if value := getattr(settings, f"{name}_mm"):
-                data["cellularity"][name] = _written(value, "mm")
+                stated[name] = _written(value, "mm")
+        data["cellularity"] = stated
     if patient.volumes is not None:
         noise = patient.volumes
         data["volumes"] = {"cv": noise.cv, "floor": _written(noise.floor, "cm^3"), "df": noise.df}

@@ -11,7 +11,8 @@ from biomodel.calibration.density import ImageDensity, VolumeDensity
 from biomodel.calibration.field import FieldLaplace, calibrate_field
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.gaussnewton import limits_of, prior_of
-from biomodel.calibration.images import ImageProblem
+from biomodel.calibration.identifiability import unidentified
+from biomodel.calibration.images import LEAST_SD, ImageProblem
 from biomodel.calibration.importance import FEW, Importance, importance_samples
 from biomodel.calibration.laplace import MAP, Laplace
 from biomodel.calibration.mcmc import NUTS, SMC, advice
@@ -24,8 +25,8 @@ from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
 from biomodel.tables import html_table
 
-#: Inflation of the noise beyond which a fit says so.
-DOUBTFUL = 3.0
+#: Inflation of the noise beyond which a fit says so, and residual of a volume in units of its noise.
+DOUBTFUL, FAR = 3.0, 4.0
 
 
 def calibrate(
@@ -121,6 +122,8 @@ def calibrate(
             f"{best.linear.inflation:.1f} times less than voxels with independent errors would. Look for regions "
             "drawn askew, images that are not aligned, or cells that the model does not know."
         )
+    notes += unidentified(problem.parameters, best.linear.hessian, prior)
+    notes += _contradictions(problem, best.linear.residual)
     samples = None
     if isinstance(method, Importance) and isinstance(problem, VolumeProblem):
         samples = importance_samples(method, problem, prior, best.z)
@@ -161,6 +164,31 @@ def calibrate(
         noise=problem.noise if isinstance(problem, VolumeProblem) else None,
         inflation=best.linear.inflation,
     )
+
+
+def _contradictions(problem: VolumeProblem | ImageProblem, residual: np.ndarray) -> list[str]:
+    """Volumes that the model cannot explain at its best, and noise that no image has."""
+    if isinstance(problem, ImageProblem):
+        settings = problem.patient.cellularity
+        assumed = problem.initial.seen.fraction is not None and settings is not None and settings.voxel_cv == 0
+        if assumed and all(v.adc_sd is None for v in problem.patient.visits):
+            return [
+                f"The record states no noise of single voxels (voxel_cv 0), which no image has; {LEAST_SD} of the cell "
+                "fraction is taken for it at later visits, and none at the first. State the scanner's."
+            ]
+        return []
+    visits = [v for v in problem.patient.visits if problem.patient.volume_of(v) is not None]
+    floor = np.exp(problem.y) - np.array([problem.patient.volume_of(v) for v in visits])
+    found = []
+    for visit, y, r, s, f in zip(visits, problem.y, residual, problem.scale, floor, strict=True):
+        if abs(r) > FAR * s:
+            found.append(
+                f"Model and volumes disagree at visit {visit.number} (day {visit.day:g}): {np.exp(y) - f:.3g} cm³ were "
+                f"measured where the model at its best has {max(np.exp(y - r) - f, 0.0):.3g}, {abs(r) / s:.1f} times "
+                "the stated noise. Look for a volume in another unit or of another lesion, a treatment missing from "
+                "the record, or noise stated too small (cv)."
+            )
+    return found
 
 
 @dataclass(frozen=True, eq=False)

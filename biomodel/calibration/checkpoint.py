@@ -73,7 +73,7 @@ class ChainFile:
             return None
         remedy = "Give another folder, or remove this one to start anew."
         try:
-            with np.load(self.path, allow_pickle=False) as data:
+            with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
             fingerprint, state = str(arrays.pop("fingerprint")), json.loads(str(arrays.pop("state")))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -111,5 +111,6 @@ def as_state(like: Any, plain: Any) -> Any:
     if isinstance(like, Mapping):
         return {k: as_state(like.get(k), v) for k, v in plain.items()}
     if isinstance(like, tuple):
-        return tuple(plain)
+        # Named ones, as PyMC's state of a generator is, keep their names; plain ones may have grown.
+        return type(like)(*map(as_state, like, plain)) if hasattr(like, "_fields") else tuple(plain)
     return plain

@@ -14,8 +14,10 @@ that count at the minimum (Woodbury), convex in e, and once continuously differe
 first part at the minimising e. That is the density here. It is found by Newton steps on e from where its derivative at
 the optimum predicts it. At the optimum value and slope are those of the Laplace fit.
 
-A coordinate beyond one of its bounds is reflected at it. The density of the reflected coordinates is that of the
-posterior cut off at the bounds, and a path of the sampler bounces there instead of being refused.
+A coordinate beyond one of its bounds is reflected at it, so that a path of the sampler bounces there instead of being
+refused. Between two bounds the reflections would repeat for ever and the density at x have no finite mass; so each of
+the points that fall on one place takes the share g(x) / (sum of g over those points) of its density, g a normal centred
+between the bounds. The density of the reflected coordinates is exactly that of the posterior cut off at the bounds.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ __all__ = ["Density", "ImageDensity", "VolumeDensity", "Whitened", "folded"]
 
 #: Most bytes of a stored J R0^1/2; where it is larger, products are solved for as needed.
 STORED = 256e6
+#: Standard deviation of the weights that tell reflected points apart, in widths between the bounds: the density changes
+#: noticeably within a tenth of the width from a bound.
+NARROW = 1 / 6
 #: Squared norm of the whitened gradient at which the minimum over the initial state's noise is good enough: the log
 #: density is then wrong by less than half of it.
 NEAR = 1e-7
@@ -78,6 +83,32 @@ def folded(z: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray
     return found, sign
 
 
+def shared(z: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log of a point's share among all that are reflected to the same place between its two bounds, and its slope.
+
+    Parameters
+    ----------
+    z, low, high : ndarray, shape (k,)
+        Unreflected coordinates, and their bounds, both finite.
+
+    Returns
+    -------
+    (ndarray (k,), ndarray (k,))
+    """
+    width, middle = high - low, (low + high) / 2
+    place, sign = folded(z, low, high)
+    t, inner = (z - middle) / width, (place - middle) / width
+    n = np.arange(-1, 2)  # images farther out weigh less than exp(-38)
+    turn = np.where(n % 2 == 0, 1.0, -1.0)
+    image = n + turn * inner[:, None]
+    power = -0.5 * (image / NARROW) ** 2
+    top = power.max(1)
+    weight = np.exp(power - top[:, None])
+    total = weight.sum(1)
+    slope = sign * (weight * turn * image).sum(1) / total - t
+    return -0.5 * (t / NARROW) ** 2 - top - np.log(total), slope / (NARROW**2 * width)
+
+
 class Whitened:
     """A density at x with z = centre + root x, reflected at the bounds.
 
@@ -95,19 +126,28 @@ class Whitened:
                  limits: tuple[np.ndarray, np.ndarray] | None = None):  # fmt: skip
         self.density, self.centre, self.root, self.size = density, centre, root, density.size
         self.limits = limits or (np.full(self.size, -np.inf), np.full(self.size, np.inf))
+        self.between = np.flatnonzero(np.isfinite(self.limits[0]) & np.isfinite(self.limits[1]))
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
         """z of x, (..., p)."""
         return folded(self.centre + x @ self.root.T, *self.limits)[0]
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        z, sign = folded(self.centre + self.root @ x, *self.limits)
+        free = self.centre + self.root @ x
+        z, sign = folded(free, *self.limits)
         value, gradient = self.density(z)
-        return value, (sign * gradient) @ self.root
+        gradient = sign * gradient
+        if len(self.between):
+            share, slope = shared(free[self.between], *(v[self.between] for v in self.limits))
+            value += float(share.sum())
+            gradient[self.between] += slope
+        return value, gradient @ self.root
 
     def value(self, x: np.ndarray) -> float:
         """Log density alone."""
-        return self.density.value(self.coordinates(x))
+        free = self.centre + self.root @ x
+        share, _ = shared(free[self.between], *(v[self.between] for v in self.limits))
+        return self.density.value(folded(free, *self.limits)[0]) + float(share.sum())
 
     def fingerprint(self) -> str:
         """Digest of all that it is made of."""

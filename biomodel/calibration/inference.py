@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from biomodel.calibration.bayes import library
 from biomodel.calibration.volumes import measured
 from biomodel.errors import CalibrationError
 
@@ -33,14 +34,13 @@ def inference_data(fit: Fit) -> arviz.InferenceData:
         If the fit holds no chains.
     """
     import xarray as xr
-    from arviz import InferenceData
 
     chains = None if fit.samples is None else fit.samples.chains
     if chains is None:
         raise CalibrationError(
             f"{fit.method} fit: it holds no chains to lay out; calibrate with method=bm.NUTS() or bm.SMC()."
         )
-    count, draws, p = chains.z.shape
+    count, draws, _ = chains.z.shape
     coords = {"chain": np.arange(count), "draw": np.arange(draws)}
     values = {}
     for i, (name, parameter) in enumerate(fit.parameters.items()):
@@ -70,7 +70,7 @@ def inference_data(fit: Fit) -> arviz.InferenceData:
         "notes": json.dumps(list(fit.notes), ensure_ascii=False),
     }
     days_axis = {"day": ("day", days, {"units": "days"})}
-    return InferenceData(
+    return library("arviz").InferenceData(
         posterior=xr.Dataset(values, coords, attrs),
         unconstrained_posterior=xr.Dataset(z, {**coords, **names}, attrs),
         sample_stats=xr.Dataset({n: (("chain", "draw"), v) for n, v in chains.stats.items()}, coords, attrs),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from scipy.special import logsumexp
 
+from biomodel.calibration.bayes import library
 from biomodel.calibration.density import Whitened
 from biomodel.calibration.gaussnewton import GaussianPrior
 from biomodel.calibration.nuts import ByNutpie, ByPymc, Engine, sample_nuts
@@ -174,20 +175,16 @@ class SMC:
 
 def sample_smc(density: Posterior, method: SMC, progress: Callable[[str], None] | None = None) -> Samples:
     """Sequential Monte Carlo of a density from its prior."""
-    import pymc as pm
-    import pytensor.tensor as pt
-    from pytensor.graph.basic import Apply
-    from pytensor.graph.op import Op
-
+    pm, pt, apply = library("pymc"), library("pytensor.tensor"), library("pytensor.graph.basic").Apply
     root, mean = np.linalg.cholesky(density.prior.covariance), density.prior.mean
     low, high = density.limits
     count = 0
 
-    class LogLikelihood(Op):
+    class LogLikelihood(library("pytensor.graph.op").Op):  # type: ignore[misc]
         __props__ = ()
 
         def make_node(self, *inputs: Any) -> Any:
-            return Apply(self, [pt.as_tensor_variable(inputs[0])], [pt.dscalar()])
+            return apply(self, [pt.as_tensor_variable(inputs[0])], [pt.dscalar()])
 
         def perform(self, node: Any, inputs: Any, outputs: Any) -> None:
             nonlocal count

@@ -6,7 +6,6 @@ Both are given coordinates in which the density is near a standard normal, and a
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from biomodel.calibration.bayes import library
 from biomodel.calibration.checkpoint import ChainFile, as_plain, as_state
 from biomodel.calibration.density import Density
 from biomodel.errors import CalibrationError
@@ -97,15 +97,13 @@ def log_density_op(density: Callable[[np.ndarray], tuple[float, np.ndarray]]) ->
     density : callable
         (p,) to (log density, gradient (p,)).
     """
-    import pytensor.tensor as pt
-    from pytensor.graph.basic import Apply
-    from pytensor.graph.op import Op
+    pt, apply = library("pytensor.tensor"), library("pytensor.graph.basic").Apply
 
-    class LogDensity(Op):
+    class LogDensity(library("pytensor.graph.op").Op):  # type: ignore[misc]
         __props__ = ()
 
         def make_node(self, *inputs):
-            return Apply(self, [pt.as_tensor_variable(inputs[0])], [pt.dscalar(), pt.dvector()])
+            return apply(self, [pt.as_tensor_variable(inputs[0])], [pt.dscalar(), pt.dvector()])
 
         def perform(self, node, inputs, outputs):
             value, gradient = density(np.asarray(inputs[0], float))
@@ -120,14 +118,13 @@ def log_density_op(density: Callable[[np.ndarray], tuple[float, np.ndarray]]) ->
 @lru_cache(maxsize=8)
 def _pymc_step(size: int, tune: int, target_accept: float) -> tuple[Any, _Cell, Any]:
     """PyMC's step for densities of a size, compiled once, with the cell that holds the density, and its first state."""
-    import pymc as pm
-    from pymc.step_methods.hmc.quadpotential import QuadPotentialDiagAdapt
-
+    pm = library("pymc")
+    adapting = library("pymc.step_methods.hmc.quadpotential").QuadPotentialDiagAdapt
     cell = _Cell()
     zeros, ones = np.zeros(size), np.ones(size)
     # One window over all of the tuning, which starts from the mass matrix given: short ones forget it.
-    potential = QuadPotentialDiagAdapt(size, zeros, ones, TRUST, adaptation_window=tune + 1, early_update=True,
-                                       rng=np.random.default_rng(0))  # fmt: skip
+    potential = adapting(size, zeros, ones, TRUST, adaptation_window=tune + 1, early_update=True,
+                         rng=np.random.default_rng(0))  # fmt: skip
     with pm.Model() as model:
         x = pm.Flat("x", shape=size, initval=zeros)
         pm.Potential("posterior", log_density_op(cell)(x)[0])
@@ -211,11 +208,7 @@ class ByNutpie:
         kept = None if file is None else file.read()
         if kept is not None and len(kept[0]["x"]) >= settings.draws:
             return {n: (v if v.ndim == 0 else v[: settings.draws]) for n, v in kept[0].items()}
-        with warnings.catch_warnings():
-            # Its own import warns of changes to ArviZ that do not concern these arrays.
-            warnings.simplefilter("ignore")
-            import nutpie
-            from nutpie.compiled_pyfunc import from_pyfunc
+        nutpie, from_pyfunc = library("nutpie"), library("nutpie.compiled_pyfunc").from_pyfunc
         cell, failed = _Cell(), []
         cell.density = density
 

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from biomodel.calibration.bayes import library
+
 __all__ = ["Chains", "Samples", "weighted_crps", "weighted_quantile"]
 
 
@@ -54,8 +56,7 @@ class Chains:
         return self._each("ess", method="tail")
 
     def _each(self, name: str, **settings: str) -> np.ndarray:
-        import arviz
-
+        arviz = library("arviz")
         data = arviz.convert_to_dataset(self.z)
         return np.asarray(getattr(arviz, name)(data, **settings)["x"].values, float).reshape(-1)
 
