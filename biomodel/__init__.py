@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from biomodel.calibration.calibrate import MAP, Laplace, calibrate, compare
+    from biomodel.calibration.field import FieldLaplace
     from biomodel.calibration.fit import Fit
     from biomodel.calibration.importance import Importance
+    from biomodel.calibration.mcmc import NUTS, SMC
     from biomodel.calibration.population import learn_priors
+    from biomodel.decisions import decide
     from biomodel.defaults import default_model
     from biomodel.domain import Domain
     from biomodel.fenics.solver import FenicsSolver
@@ -23,16 +26,20 @@ if TYPE_CHECKING:
     from biomodel.schedule import Schedule
     from biomodel.scoring import Score, score
     from biomodel.solvers.torch import TorchSolver
+    from biomodel.stages import stages
     from biomodel.terms import Exponential, Gompertz, Isotropic, Logistic, NoDiffusion, TissueDiffusion
     from biomodel.treatments import Chemotherapy, Combination, Radiotherapy, Systemic
 
 __all__ = [
     "MAP",
+    "NUTS",
+    "SMC",
     "Chemotherapy",
     "Combination",
     "Domain",
     "Exponential",
     "FenicsSolver",
+    "FieldLaplace",
     "Fit",
     "Fixed",
     "Forecast",
@@ -57,18 +64,23 @@ __all__ = [
     "Visit",
     "calibrate",
     "compare",
+    "decide",
     "default_model",
     "forecast",
     "learn_priors",
     "report",
     "score",
+    "stages",
 ]
 
 _MODULES = {
     "calibration.calibrate": ("MAP", "Laplace", "calibrate", "compare"),
+    "calibration.field": ("FieldLaplace",),
     "calibration.fit": ("Fit",),
     "calibration.importance": ("Importance",),
+    "calibration.mcmc": ("NUTS", "SMC"),
     "calibration.population": ("learn_priors",),
+    "decisions": ("decide",),
     "defaults": ("default_model",),
     "domain": ("Domain",),
     "fenics.solver": ("FenicsSolver",),
@@ -80,6 +92,7 @@ _MODULES = {
     "schedule": ("Schedule",),
     "scoring": ("Score", "score"),
     "solvers.torch": ("TorchSolver",),
+    "stages": ("stages",),
     "terms": ("Exponential", "Gompertz", "Isotropic", "Logistic", "NoDiffusion", "TissueDiffusion"),
     "treatments": ("Chemotherapy", "Combination", "Radiotherapy", "Systemic"),
 }

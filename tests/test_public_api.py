@@ -21,10 +21,10 @@ NAMES = {
     # priors
     "Fixed", "LogNormal", "LogitNormal", "Normal",
     # numerics and inference
-    "FenicsSolver", "Importance", "Laplace", "MAP", "TorchSolver",
+    "FenicsSolver", "FieldLaplace", "Importance", "Laplace", "MAP", "NUTS", "SMC", "TorchSolver",
     # verbs and their results
-    "Fit", "Forecast", "Report", "Score", "calibrate", "compare", "default_model", "forecast", "learn_priors",
-    "report", "score",
+    "Fit", "Forecast", "Report", "Score", "calibrate", "compare", "decide", "default_model", "forecast",
+    "learn_priors", "report", "score", "stages",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_names_at_the_top():
     assert {name for name in dir(bm) if not name.startswith("_")} == NAMES
 
 
-@pytest.mark.parametrize("name", ["forecast", "report"])
+@pytest.mark.parametrize("name", ["forecast", "report", "stages"])
 def test_a_function_is_not_hidden_by_its_module(name):
     """`forecast` is a function, also after somebody imported the module of that name."""
     module = importlib.import_module(f"biomodel.{name}")
