@@ -1,0 +1,257 @@
+"""Conformal scores: where values lie in their forecasts, and their distribution over a cohort.
+
+A forecast's own draws say where a value lies among them, on whatever scale; beyond them the scale decides how far is
+far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from biomodel.errors import InputError
+
+__all__ = [
+    "SCALES",
+    "CubeRoot",
+    "GroupScores",
+    "Identity",
+    "Logarithm",
+    "Scale",
+    "fewest",
+    "quantile_crps",
+    "scores",
+    "values_at",
+]
+
+#: Most scores kept of a group; a map's are thinned to as many, on the safe side.
+KEPT = 4000
+
+
+class Scale(Protocol):
+    """An increasing function and its inverse; no value lies below `lowest`."""
+
+    @property
+    def lowest(self) -> float: ...
+
+    def forward(self, values: np.ndarray) -> np.ndarray: ...
+
+    def back(self, values: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The values themselves; for cell fractions."""
+
+    lowest: float = 0.0
+
+    def forward(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values, float)
+
+    def back(self, values: np.ndarray) -> np.ndarray:
+        return np.maximum(values, self.lowest)
+
+
+@dataclass(frozen=True)
+class CubeRoot:
+    """Cube root, as a diameter: an edge drawn a voxel too far out is the same error in large and small tumours."""
+
+    @property
+    def lowest(self) -> float:
+        return 0.0
+
+    def forward(self, values: np.ndarray) -> np.ndarray:
+        return np.cbrt(values)
+
+    def back(self, values: np.ndarray) -> np.ndarray:
+        return np.maximum(values, 0.0) ** 3
+
+
+@dataclass(frozen=True)
+class Logarithm:
+    """log(value + floor): relative errors above the floor.
+
+    Parameters
+    ----------
+    floor : float
+        In the values' unit, more than 0.
+    """
+
+    floor: float
+
+    def __post_init__(self):
+        if not self.floor > 0:
+            raise InputError(f"Logarithm: floor is {self.floor}; expected more than 0, e.g. the least volume measured.")
+
+    @property
+    def lowest(self) -> float:
+        return 0.0
+
+    def forward(self, values: np.ndarray) -> np.ndarray:
+        return np.log(np.asarray(values, float) + self.floor)
+
+    def back(self, values: np.ndarray) -> np.ndarray:
+        return np.maximum(np.exp(values) - self.floor, 0.0)
+
+
+#: By the names in files.
+SCALES = {kind.__name__: kind for kind in (Identity, CubeRoot, Logarithm)}
+
+
+def quantile_crps(quantiles: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """CRPS of distributions given by quantiles at the levels (k - 1/2) / S, in any order.
+
+    Twice the mean pinball loss over the levels (Laio and Tamea 2007, doi:10.5194/hess-11-1267-2007); adjusted draws are
+    such quantiles, and the fair CRPS of independent draws would flatter them.
+
+    Parameters
+    ----------
+    quantiles : ndarray, shape (S, ...)
+    observed : ndarray, shape (...)
+
+    Returns
+    -------
+    ndarray, shape (...)
+    """
+    q = np.sort(np.asarray(quantiles, float), axis=0)
+    levels = ((np.arange(len(q)) + 0.5) / len(q)).reshape(-1, *[1] * (q.ndim - 1))
+    off = np.asarray(observed, float) - q
+    return 2 * np.mean(np.where(off >= 0, levels * off, (levels - 1) * off), axis=0)
+
+
+def fewest(level: float) -> int:
+    """Fewest patients of a group for a central interval at a level: each tail needs one patient beyond it.
+
+    ceil(2 / (1 - level)) - 1, e.g. 39 for 95 %.
+    """
+    return math.ceil(2 / (1 - level) - 1e-9) - 1
+
+
+def scores(draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: float, seed: int = 0) -> np.ndarray:
+    """Where values lie in their forecasts, as normal quantiles.
+
+    Parameters
+    ----------
+    draws : ndarray, shape (draws, n)
+    observed : ndarray, shape (n,)
+    scale : Scale
+        On which distances beyond the draws' middle are measured.
+    least_spread : float
+        What is added to the spread of every forecast (as variances add), on that scale.
+    seed : int
+        Of the scores at atoms: where several draws equal the value seen, the score is drawn among theirs, uniformly in
+        probability.
+
+    Returns
+    -------
+    ndarray, shape (n,)
+        Increasing in the value seen. Between scores -1 and 1 the draws decide: draw k of S in their order has the
+        normal quantile of k / (S + 1), linear between. Beyond, one more for every spread, half the distance between
+        scores -1 and 1: the outermost draws are too noisy to start from, and forecasts fail in their tails.
+    """
+    x, knots, spread = _curve(draws, scale, least_spread)
+    y, size = scale.forward(np.asarray(observed, float)), len(knots)
+    below, upto = (x < y).sum(0), (x <= y).sum(0)
+    low, high = np.clip(below - 1, 0, size - 1), np.clip(upto, 0, size - 1)
+    a, b = (np.take_along_axis(x, i[None], 0)[0] for i in (low, high))
+    found = knots[low] + (knots[high] - knots[low]) * (y - a) / np.where(b > a, b - a, 1.0)
+    found = np.where(below == 0, knots[0] + (y - x[0]) / spread, found)
+    found = np.where(below == size, knots[-1] + (y - x[-1]) / spread, found)
+    # At the end of the scale nothing lies below: an atom there takes all of the lower tail.
+    lowest = (np.asarray(observed) <= scale.lowest) & (below == 0)
+    first = np.where(lowest, 0.0, ndtr(knots[np.clip(below, 0, size - 1)]))
+    last = ndtr(knots[np.clip(upto - 1, 0, size - 1)])
+    drawn = ndtri(np.maximum(first + np.random.default_rng(seed).random(y.shape) * (last - first), 1e-12))
+    return np.where(upto > below, drawn, found)
+
+
+def _curve(draws: np.ndarray, scale: Scale, least_spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values on the scale (k, n) at scores (k,) from -1 to 1, rising, and the spread (n,)."""
+    x = np.sort(scale.forward(np.asarray(draws, float)), axis=0)
+    every = ndtri(np.arange(1, len(x) + 1) / (len(x) + 1))
+    knots = np.concatenate(([-1.0], every[np.abs(every) < 1 - 1e-9], [1.0]))
+    middle = _between(x, every, knots)
+    return middle, knots, np.hypot((middle[-1] - middle[0]) / 2, least_spread)
+
+
+def _between(x: np.ndarray, knots: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Sorted draws (S, n) at scores (k,), linear between and constant beyond, as (k, n)."""
+    place = np.clip(np.searchsorted(knots, at, "right") - 1, 0, len(knots) - 2)
+    weight = np.clip((at - knots[place]) / (knots[place + 1] - knots[place]), 0.0, 1.0)[:, None]
+    # In this form equal draws stay exactly equal.
+    return x[place] + weight * (x[place + 1] - x[place])
+
+
+def values_at(draws: np.ndarray, at: np.ndarray, scale: Scale, least_spread: float) -> np.ndarray:
+    """Values (k, n) that have the scores (k,) in forecasts (S, n): the inverse of `scores`."""
+    x, knots, spread = _curve(draws, scale, least_spread)
+    beyond = np.minimum(at - knots[0], 0.0) + np.maximum(at - knots[-1], 0.0)
+    return scale.back(_between(x, knots, at) + beyond[:, None] * spread)
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of one group of a calibration cohort.
+
+    Attributes
+    ----------
+    patients : int
+    values : tuple of float
+        Scores, rising.
+    below, upto : tuple of float
+        Patients' worth of scores below each, and at or below it: each patient counts 1 in all.
+    """
+
+    patients: int
+    values: tuple[float, ...]
+    below: tuple[float, ...]
+    upto: tuple[float, ...]
+
+    @classmethod
+    def of(cls, found: Sequence[np.ndarray]) -> GroupScores:
+        """Gather the scores of patients, each (voxels,)."""
+        t = np.concatenate(found)
+        weight = np.concatenate([np.full(len(f), 1 / len(f)) for f in found])
+        order = np.argsort(t, kind="stable")
+        t, cumulated = t[order], np.cumsum(weight[order])
+        first = np.flatnonzero(np.concatenate(([True], np.diff(t) > 0)))
+        last = np.append(first[1:] - 1, len(t) - 1)
+        below, upto = np.zeros(len(last)), cumulated[last]
+        below[1:] = upto[:-1]
+        if len(first) > KEPT:
+            # By their mass, so that as little as can be is lost; the ends always stay.
+            kept = np.unique(np.searchsorted(upto, np.linspace(upto[0], upto[-1], KEPT) - 1e-9))
+            first, below, upto = first[kept], below[kept], upto[kept]
+        columns = (np.round(a, 9).tolist() for a in (t[first], below, upto))
+        return cls(len(found), *(tuple(c) for c in columns))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Scores between which a new patient's lies with probability at least `level`, a half of the rest on each side.
+
+        Raises
+        ------
+        InputError
+            If the group has too few patients for the level.
+        """
+        if not 0 < level < 1:
+            raise InputError(f"conformal interval: level {level}; expected a share between 0 and 1, e.g. 0.9.")
+        if self.patients < fewest(level):
+            raise InputError(
+                f"conformal interval at {level:.4g}: the calibration group has {self.patients} patients; expected at "
+                f"least {fewest(level)}. Ask for a lower level (up to {1 - 2 / (self.patients + 1):.3g}), gather more "
+                "patients, or merge groups."
+            )
+        tail = (1 - level) / 2 * (self.patients + 1)
+        under = np.flatnonzero(np.asarray(self.below) + 1 <= tail + 1e-6)
+        over = np.flatnonzero(self.patients - np.asarray(self.upto) + 1 <= tail + 1e-6)
+        return self.values[under[-1]], self.values[over[0]]
+
+    def quantile(self, levels: np.ndarray) -> np.ndarray:
+        """Scores at levels (k,), linear between and without the correction for few patients: for draws and CRPS."""
+        middle = (np.asarray(self.below) + np.asarray(self.upto)) / 2 / self.patients
+        return np.interp(levels, middle, self.values)

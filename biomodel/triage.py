@@ -1,0 +1,187 @@
+"""Triage: is a forecast usable, to be reviewed, or not usable, and why.
+
+Every check asks one question that can be answered when the forecast is made. The verdict is the worst answer. Where a
+threshold is not of a source it is a working choice; how the classes then fared on virtual patients is printed by
+``tests/benchmarks/bench_conformal.py``.
+
+=============================  ==========================================  ======================================
+question                       review                                      not usable
+=============================  ==========================================  ======================================
+like the reference cohort?     p of its distance below 0.05: one in        p below 0.01: one in a hundred of
+                               twenty of the cohort itself                 the cohort itself
+could the model have made      p below 0.01 of any statistic               never by itself: p-values of fitted
+its data?                                                                  data are no exact ones
+do model and images agree?     inflation of the noise above 3              above 6, twice that
+                               (`DOUBTFUL` of the calibration)
+did the calibration end?       not converged                               --
+did the data teach anything?   no parameter was identified                 --
+does it say anything?          90 % of the volume holds both a partial     --
+                               response and progression (see `RESPONSE`)
+=============================  ==========================================  ======================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from biomodel.calibration.calibrate import DOUBTFUL
+from biomodel.calibration.fit import Fit
+from biomodel.diagnostics_predictive import PredictiveCheck, said
+from biomodel.errors import InputError
+from biomodel.forecast import Forecast
+from biomodel.out_of_distribution import Distance
+from biomodel.tables import html_table
+
+__all__ = ["NOT_USABLE", "REVIEW", "USABLE", "Finding", "Triage", "triage"]
+
+USABLE, REVIEW, NOT_USABLE = "usable", "review", "not usable"
+CLASSES = (USABLE, REVIEW, NOT_USABLE)
+#: p-values below which a patient is unlike the reference cohort: for review, and not usable.
+UNLIKE, ALIEN = 0.05, 0.01
+#: p-value of a posterior predictive check below which the data surprise the model.
+SURPRISING = 0.01
+#: Inflation of the noise beyond which model and images have nothing to say to each other.
+HOPELESS = 2 * DOUBTFUL
+#: RECIST's partial response and progression, 30 % less and 20 % more of the longest diameter, as ratios of volumes of
+#: the same shape (Eisenhauer et al. 2009, doi:10.1016/j.ejca.2008.10.026).
+RESPONSE, PROGRESSION = 0.7**3, 1.2**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Answer to one question: its class, and the reason in plain words."""
+
+    question: str
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Triage:
+    """Verdict on a forecast.
+
+    Attributes
+    ----------
+    findings : tuple of Finding
+        One for each question.
+    """
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The worst of the findings: "usable", "review" or "not usable"."""
+        return max((f.verdict for f in self.findings), key=CLASSES.index)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a forecast is not simply usable, the gravest first."""
+        graver = sorted(self.findings, key=lambda f: -CLASSES.index(f.verdict))
+        return tuple(f.reason for f in graver if f.verdict != USABLE)
+
+    def _repr_html_(self) -> str:
+        rows = [(f.question, f.verdict, f.reason) for f in self.findings]
+        return html_table(("question", "answer", "why"), rows, f"Triage: {self.verdict}")
+
+
+def triage(forecast: Forecast, check: PredictiveCheck | None = None, distance: Distance | None = None) -> Triage:
+    """Judge a forecast by what is known when it is made.
+
+    Parameters
+    ----------
+    forecast : Forecast
+    check : PredictiveCheck, optional
+        `posterior_predictive_check` of its fit. Without it that question stays open, which asks for review.
+    distance : Distance, optional
+        From a reference cohort, ``reference.distance(features(fit, check))``. The same.
+
+    Returns
+    -------
+    Triage
+
+    Raises
+    ------
+    InputError
+        If the forecast's last day is not after the calibration.
+    """
+    fit = forecast.fit
+    if not forecast.times[-1] > fit.patient.visits[-1].day:
+        raise InputError(
+            f"triage: the forecast of {fit.patient.id} ends on day {forecast.times[-1]:g}, the calibration on day "
+            f"{fit.patient.visits[-1].day:g}; expected a forecast of later days."
+        )
+    now = [v for v in map(fit.patient.volume_of, fit.patient.visits) if v is not None][-1]
+    draws = forecast.data["volume"].values[:, -1]
+    findings = [like_the_cohort(distance), could_have_made(check)]
+    if not fit.patient.domain.well_mixed:
+        findings.append(agrees(fit.inflation))
+    return Triage((*findings, *ended_and_taught(fit), says_something(draws, now)))
+
+
+def like_the_cohort(distance: Distance | None) -> Finding:
+    """Whether the patient is like the reference cohort."""
+    question = "Is the patient like those the model was checked on?"
+    if distance is None:
+        return Finding(question, REVIEW, "Nobody has checked whether forecasts hold for patients like this one.")
+    verdict = NOT_USABLE if distance.p < ALIEN else REVIEW if distance.p < UNLIKE else USABLE
+    if verdict == USABLE:
+        return Finding(question, verdict, f"Like those of {distance.cohort} (p = {distance.p:.2g}).")
+    farthest = ", ".join(f"{n} ({z:+.1f} sd)" for n, z in list(distance.apart.items())[:3])
+    reason = (
+        f"Unlike the patients of {distance.cohort}: {distance.p:.1%} of them lie as far from the others. Farthest off: "
+        f"{farthest}. What was found on them need not hold here."
+    )
+    return Finding(question, verdict, reason)
+
+
+def could_have_made(check: PredictiveCheck | None) -> Finding:
+    """Whether the fitted model could have made its data."""
+    question = "Could the fitted model have made the data?"
+    if check is None:
+        return Finding(question, REVIEW, "The fitted model was not compared with its data.")
+    odd = [(n, p) for n, p in zip(check.names, check.p, strict=True) if p < SURPRISING]
+    if not odd:
+        return Finding(question, USABLE, "Data made by the fitted model look like the patient's.")
+    draws = check.observed.shape[1]
+    named = ", ".join(f"{n} (p {said(float(p), draws)})" for n, p in odd)
+    return Finding(question, REVIEW, f"Data made by the fitted model hardly ever look like the patient's in: {named}.")
+
+
+def agrees(inflation: float) -> Finding:
+    """Whether model and images agree within the stated noise."""
+    question = "Do model and images agree?"
+    if inflation <= DOUBTFUL:
+        return Finding(question, USABLE, f"As well as the noise allows (inflation {inflation:.1f}).")
+    reason = (
+        f"Model and images disagree by more than the noise: the images count {inflation:.1f} times less than stated. "
+        "Look for regions drawn askew, images that are not aligned, or cells that the model does not know."
+    )
+    return Finding(question, NOT_USABLE if inflation > HOPELESS else REVIEW, reason)
+
+
+def ended_and_taught(fit: Fit) -> Sequence[Finding]:
+    """Whether the calibration ended, and whether the data taught anything."""
+    ended = Finding("Did the calibration end well?", USABLE, "It converged.")
+    if not fit.converged:
+        ended = Finding(ended.question, REVIEW, f"It stopped after {fit.iterations} iterations without converging.")
+    taught = Finding("Did the data teach anything?", USABLE, f"They informed {', '.join(fit.identified)}.")
+    if not fit.identified:
+        taught = Finding(taught.question, REVIEW, "No parameter is much better known than before: the forecast is "
+                         "that for patients in general.")  # fmt: skip
+    return ended, taught
+
+
+def says_something(draws: np.ndarray, now: float) -> Finding:
+    """Whether the forecast tells response from progression: volumes (draws,) against the last measured one, cm³."""
+    question = "Does the forecast tell response from progression?"
+    low, high = np.quantile(draws, [0.05, 0.95])
+    if low < RESPONSE * now and high > PROGRESSION * now:
+        reason = (
+            f"No: its 90 % interval, {low:.2g} to {high:.2g} cm³, holds both a partial response and progression of the "
+            f"{now:.2g} cm³ last measured."
+        )
+        return Finding(question, REVIEW, reason)
+    return Finding(question, USABLE, f"Its 90 % interval is {low:.2g} to {high:.2g} cm³, last measured {now:.2g} cm³.")
