@@ -1,8 +1,8 @@
 """Conformal adjustment: forecast intervals that hold what is then seen as often as they say, learned from a cohort.
 
 The forecasts of a calibration cohort are compared with what was then measured. Each value seen becomes a *score*: where
-it lies in its own forecast, as a normal quantile (0 in the middle, 1 at 84 % of the draws, and beyond that one more for
-every spread of the forecast). The distribution of the scores over the cohort then takes the place of the normal
+it lies in its own forecast, as a normal quantile (0 in the middle, 0.67 at the upper quartile, and beyond that one more
+for every spread of the forecast). The distribution of the scores over the cohort then takes the place of the normal
 one: an adjusted quantile at level q is where a new forecast has the score that a share q of the cohort had at most.
 This is a split conformal predictive system (Vovk, Petej, Nouretdinov, Manokhin and Gammerman 2020, Neurocomputing
 397:292, doi:10.1016/j.neucom.2019.10.110).
@@ -41,6 +41,7 @@ from biomodel.conformal_scores import (
     Logarithm,
     Scale,
     fewest,
+    map_coverage,
     quantile_crps,
     scores,
     values_at,
@@ -64,6 +65,7 @@ __all__ = [
     "fewest",
     "known_region",
     "learn_adjustment",
+    "map_coverage",
     "quantile_crps",
     "scores",
 ]
@@ -162,6 +164,12 @@ class Adjustment:
         found = self.quantile(x, levels.tolist(), group)
         rank = np.argsort(np.argsort(x, axis=0, kind="stable"), axis=0, kind="stable")
         return np.take_along_axis(found, rank, 0)
+
+    def pit(self, draws: np.ndarray, observed: np.ndarray, group: str | None = None, seed: int = 0) -> np.ndarray:
+        """Levels (...) of values seen (...) in adjusted forecasts (draws, ...): uniform if the adjustment is right."""
+        x, y = _finite(draws, f"forecast of {self.quantity}"), np.asarray(observed, float)
+        found = scores(x.reshape(len(x), -1), y.ravel(), self.scale, self.least_spread, seed)
+        return self.group(group).levels(found).reshape(y.shape)
 
     def _at(self, draws: np.ndarray, at: np.ndarray) -> np.ndarray:
         x = _finite(draws, f"forecast of {self.quantity}")
@@ -297,10 +305,11 @@ def learn_adjustment(
     virtual : bool
         Whether its patients are virtual.
     scale : Scale
-        `CubeRoot()` for volumes, `Identity()` for cell fractions.
+        Of errors that are alike for all patients. On `Identity()` outliers cost least; on `CubeRoot()` and
+        `Logarithm()` intervals grow with the volume, and those of a cohort with failed forecasts explode.
     least_spread : float
         Added to the spread of every forecast (as variances add), on the scale: about the error of a measurement, e.g.
-        0.3 on the cube root of cm^3 (4 mm of diameter) or a cell fraction of 0.05.
+        1 cm^3 of volume or a cell fraction of 0.05.
     groups : sequence of str, optional
         Group of each patient (Mondrian), known before the outcome: subtype, centre, triage.
     seed : int

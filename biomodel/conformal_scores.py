@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from biomodel.diagnostics_forecasts import Coverage
 from biomodel.errors import InputError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Logarithm",
     "Scale",
     "fewest",
+    "map_coverage",
     "quantile_crps",
     "scores",
     "values_at",
@@ -31,6 +33,8 @@ __all__ = [
 
 #: Most scores kept of a group; a map's are thinned to as many, on the safe side.
 KEPT = 4000
+#: Score of the upper quartile.
+QUARTILE = float(ndtri(0.75))
 
 
 class Scale(Protocol):
@@ -150,9 +154,10 @@ def scores(draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: 
     Returns
     -------
     ndarray, shape (n,)
-        Increasing in the value seen. Between scores -1 and 1 the draws decide: draw k of S in their order has the
-        normal quantile of k / (S + 1), linear between. Beyond, one more for every spread, half the distance between
-        scores -1 and 1: the outermost draws are too noisy to start from, and forecasts fail in their tails.
+        Increasing in the value seen. Between its quartiles the forecast decides: draw k of S in their order has the
+        normal quantile of k / (S + 1), linear between. Beyond, one more for every spread, that of a normal
+        distribution with these quartiles: forecasts fail in their tails, and the outermost draws are too noisy to
+        start from.
     """
     x, knots, spread = _curve(draws, scale, least_spread)
     y, size = scale.forward(np.asarray(observed, float)), len(knots)
@@ -171,12 +176,12 @@ def scores(draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: 
 
 
 def _curve(draws: np.ndarray, scale: Scale, least_spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values on the scale (k, n) at scores (k,) from -1 to 1, rising, and the spread (n,)."""
+    """Values on the scale (k, n) at scores (k,) between the quartiles, rising, and the spread (n,)."""
     x = np.sort(scale.forward(np.asarray(draws, float)), axis=0)
     every = ndtri(np.arange(1, len(x) + 1) / (len(x) + 1))
-    knots = np.concatenate(([-1.0], every[np.abs(every) < 1 - 1e-9], [1.0]))
+    knots = np.concatenate(([-QUARTILE], every[np.abs(every) < QUARTILE - 1e-9], [QUARTILE]))
     middle = _between(x, every, knots)
-    return middle, knots, np.hypot((middle[-1] - middle[0]) / 2, least_spread)
+    return middle, knots, np.hypot((middle[-1] - middle[0]) / (2 * QUARTILE), least_spread)
 
 
 def _between(x: np.ndarray, knots: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -255,3 +260,40 @@ class GroupScores:
         """Scores at levels (k,), linear between and without the correction for few patients: for draws and CRPS."""
         middle = (np.asarray(self.below) + np.asarray(self.upto)) / 2 / self.patients
         return np.interp(levels, middle, self.values)
+
+    def levels(self, found: np.ndarray) -> np.ndarray:
+        """Levels of scores, of any shape, between 0 and 1: the inverse of `quantile`."""
+        middle = (np.asarray(self.below) + np.asarray(self.upto)) / 2 / self.patients
+        found, values = np.asarray(found, float), np.asarray(self.values)
+        inside = np.interp(found, values, middle)
+        # Beyond all scores of the cohort: half of what is left.
+        return np.where(found < values[0], middle[0] / 2, np.where(found > values[-1], (1 + middle[-1]) / 2, inside))
+
+
+def map_coverage(pits: Sequence[np.ndarray], levels: Sequence[float], band: float = 0.95) -> Coverage:
+    """Coverage of central intervals of maps: the share of voxels held, averaged over patients.
+
+    Parameters
+    ----------
+    pits : sequence of ndarray, shape (voxels,)
+        PIT values of each patient's voxels.
+    levels : sequence of float
+    band : float
+        Of the mean over patients, by its standard error: voxels of a patient are not independent of each other.
+
+    Returns
+    -------
+    Coverage
+        With n the number of patients.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two patients.
+    """
+    if len(pits) < 2:
+        raise InputError(f"map_coverage: {len(pits)} patients; expected two or more.")
+    at = np.asarray(levels, float)
+    held = np.array([(np.abs(np.asarray(p)[:, None] - 0.5) <= at / 2).mean(0) for p in pits])
+    reach = ndtri((1 + band) / 2) * held.std(0, ddof=1) / np.sqrt(len(pits))
+    return Coverage(at, held.mean(0), np.maximum(at - reach, 0.0), np.minimum(at + reach, 1.0), len(pits), band)
