@@ -14,8 +14,7 @@ arXiv:2208.02814), of which split conformal is the case of one value for each pa
 What is guaranteed: if the new patient and those of the cohort are exchangeable (same model, same way of measuring, same
 visits, same kind of patient), then an interval at level a holds the value seen with probability at least a, on average
 over cohorts and new patients; of a map, the share of voxels held is at least a on average. By group (Mondrian; Vovk,
-Gammerman and Shafer 2005, Algorithmic Learning in a Random World), the same within every group. Randomness: of atoms (a
-volume of 0) the score is drawn, see `scores`.
+Gammerman and Shafer 2005, Algorithmic Learning in a Random World), the same within every group.
 
 What is not: coverage for one patient given all that is known of him; coverage in a kind of patient that is not a group;
 anything on patients unlike the cohort (see :mod:`biomodel.triage`), on other days or under other treatments; that all
@@ -30,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from biomodel.conformal_scores import (
     fewest,
     map_coverage,
     quantile_crps,
+    score_ends,
     scores,
     values_at,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "learn_adjustment",
     "map_coverage",
     "quantile_crps",
+    "score_ends",
     "scores",
 ]
 
@@ -169,7 +171,7 @@ class Adjustment:
         """Levels (...) of values seen (...) in adjusted forecasts (draws, ...): uniform if the adjustment is right."""
         x, y = _finite(draws, f"forecast of {self.quantity}"), np.asarray(observed, float)
         found = scores(x.reshape(len(x), -1), y.ravel(), self.scale, self.least_spread, seed)
-        return self.group(group).levels(found).reshape(y.shape)
+        return self.group(group).level(found).reshape(y.shape)
 
     def _at(self, draws: np.ndarray, at: np.ndarray) -> np.ndarray:
         x = _finite(draws, f"forecast of {self.quantity}")
@@ -227,8 +229,7 @@ class Adjustment:
             "schema": SCHEMA, "quantity": self.quantity, "units": self.units,
             "scale": {"name": type(self.scale).__name__, **vars(self.scale)}, "least_spread": self.least_spread,
             "cohort": self.cohort, "virtual": self.virtual, "patients": self.patients,
-            "groups": {n: {"patients": g.patients, "values": g.values, "below": g.below, "upto": g.upto}
-                       for n, g in self.groups.items()},
+            "groups": {n: vars(g) for n, g in self.groups.items()},
         }  # fmt: skip
         with atomic_write(path) as target:
             target.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
@@ -247,12 +248,9 @@ class Adjustment:
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']!r}")
             scale = dict(content["scale"])
-            groups = {
-                str(n): GroupScores(int(g["patients"]), *(tuple(map(float, g[c])) for c in ("values", "below", "upto")))
-                for n, g in content["groups"].items()
-            }
-            if not groups or any(not len(g.values) == len(g.below) == len(g.upto) > 0 for g in groups.values()):
-                raise ValueError("groups without scores, or columns of different lengths")
+            groups = {str(n): _group(g) for n, g in content["groups"].items()}
+            if not groups:
+                raise ValueError("no groups")
             return cls(
                 str(content["quantity"]), str(content["units"]), SCALES[scale.pop("name")](**scale),
                 float(content["least_spread"]), str(content["cohort"]), bool(content["virtual"]), FrozenDict(groups),
@@ -313,7 +311,7 @@ def learn_adjustment(
     groups : sequence of str, optional
         Group of each patient (Mondrian), known before the outcome: subtype, centre, triage.
     seed : int
-        Of the scores at atoms.
+        Of the scores drawn at atoms (a volume of 0), on which adjusted draws rest; intervals do not.
 
     Returns
     -------
@@ -332,7 +330,7 @@ def learn_adjustment(
         )
     if not (least_spread > 0 and math.isfinite(least_spread)):
         raise InputError(f"learn_adjustment: least_spread is {least_spread}; expected more than 0.")
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]] = {}
     for i, (x, y, name) in enumerate(zip(draws, observed, names, strict=True)):
         x, y = _finite(x, f"learn_adjustment: patient {i + 1}"), np.atleast_1d(np.asarray(y, float))
         flat = x.reshape(len(x), -1)
@@ -341,7 +339,9 @@ def learn_adjustment(
                 f"learn_adjustment: patient {i + 1} has draws {x.shape} and values seen {y.shape}; expected (draws,) "
                 "and a number, or (draws, voxels) and (voxels,), all finite. Leave out what was not measured."
             )
-        found.setdefault(name, []).append(scores(flat, y, scale, least_spread, seed + i))
+        found.setdefault(name, []).append(
+            (score_ends(flat, y, scale, least_spread), scores(flat, y, scale, least_spread, seed + i))
+        )
     few = [f"{g} ({len(f)})" for g, f in found.items() if len(f) < fewest(0.5)]
     if few:
         raise InputError(
@@ -350,8 +350,23 @@ def learn_adjustment(
         )
     return Adjustment(
         quantity, units, scale, float(least_spread), cohort, bool(virtual),
-        FrozenDict({g: GroupScores.of(found[g]) for g in sorted(found)}),
+        FrozenDict({g: GroupScores.of(*zip(*found[g], strict=True)) for g in sorted(found)}),
     )  # fmt: skip
+
+
+def _group(content: Mapping[str, Any]) -> GroupScores:
+    """A group from its file.
+
+    Raises
+    ------
+    ValueError, KeyError
+        If a column is missing, empty, or of another length than its partner.
+    """
+    pairs = [("values", "levels"), ("lows", "below"), ("highs", "above")]
+    if any(not len(content[a]) == len(content[b]) > 0 for a, b in pairs):
+        raise ValueError("columns that are empty or of different lengths")
+    columns = (tuple(float(v) for v in content[name]) for pair in pairs for name in pair)
+    return GroupScores(int(content["patients"]), *columns)
 
 
 def _finite(draws: np.ndarray, where: str) -> np.ndarray:
@@ -388,7 +403,8 @@ def draws_of(forecast: Forecast, quantity: str, day: float) -> np.ndarray:
             f"draws_of: {quantity} on day {day:g}; the forecast has {', '.join(map(str, forecast.data.data_vars))} on "
             f"days {forecast.times.tolist()}."
         )
-    values = np.asarray(forecast.data[quantity].isel(time=int(index[0])).values, float)
+    # A copy: what is done to the draws must not reach the forecast.
+    values = np.array(forecast.data[quantity].isel(time=int(index[0])).values, float)
     settings = forecast.fit.patient.cellularity
     if quantity == "cell_fraction" and settings is not None:
         return as_measured(values, settings, forecast.seed)

@@ -27,12 +27,15 @@ __all__ = [
     "fewest",
     "map_coverage",
     "quantile_crps",
+    "score_ends",
     "scores",
     "values_at",
 ]
 
 #: Most scores kept of a group; a map's are thinned to as many, on the safe side.
-KEPT = 4000
+KEPT = 2000
+#: Score below all others, of a value at the end of its scale.
+FLOOR = -1e9
 #: Score of the upper quartile.
 QUARTILE = float(ndtri(0.75))
 
@@ -136,7 +139,9 @@ def fewest(level: float) -> int:
     return math.ceil(2 / (1 - level) - 1e-9) - 1
 
 
-def scores(draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: float, seed: int = 0) -> np.ndarray:
+def score_ends(
+    draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Where values lie in their forecasts, as normal quantiles.
 
     Parameters
@@ -147,32 +152,37 @@ def scores(draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: 
         On which distances beyond the draws' middle are measured.
     least_spread : float
         What is added to the spread of every forecast (as variances add), on that scale.
-    seed : int
-        Of the scores at atoms: where several draws equal the value seen, the score is drawn among theirs, uniformly in
-        probability.
 
     Returns
     -------
-    ndarray, shape (n,)
-        Increasing in the value seen. Between its quartiles the forecast decides: draw k of S in their order has the
-        normal quantile of k / (S + 1), linear between. Beyond, one more for every spread, that of a normal
-        distribution with these quartiles: forecasts fail in their tails, and the outermost draws are too noisy to
-        start from.
+    low, high : ndarray, shape (n,)
+        Least and largest score whose value (`values_at`) is the one seen; the same but at atoms, where several draws
+        are alike, and at the end of the scale (`FLOOR` there). Both increase with the value seen. Between its quartiles
+        the forecast decides: draw k of S in their order has the normal quantile of k / (S + 1), linear between. Beyond,
+        one more for every spread, that of a normal distribution with these quartiles: forecasts fail in their tails,
+        and the outermost draws are too noisy to start from.
     """
     x, knots, spread = _curve(draws, scale, least_spread)
     y, size = scale.forward(np.asarray(observed, float)), len(knots)
     below, upto = (x < y).sum(0), (x <= y).sum(0)
-    low, high = np.clip(below - 1, 0, size - 1), np.clip(upto, 0, size - 1)
-    a, b = (np.take_along_axis(x, i[None], 0)[0] for i in (low, high))
-    found = knots[low] + (knots[high] - knots[low]) * (y - a) / np.where(b > a, b - a, 1.0)
+    at, beside = np.clip(below - 1, 0, size - 1), np.clip(upto, 0, size - 1)
+    a, b = (np.take_along_axis(x, i[None], 0)[0] for i in (at, beside))
+    found = knots[at] + (knots[beside] - knots[at]) * (y - a) / np.where(b > a, b - a, 1.0)
     found = np.where(below == 0, knots[0] + (y - x[0]) / spread, found)
     found = np.where(below == size, knots[-1] + (y - x[-1]) / spread, found)
-    # At the end of the scale nothing lies below: an atom there takes all of the lower tail.
-    lowest = (np.asarray(observed) <= scale.lowest) & (below == 0)
-    first = np.where(lowest, 0.0, ndtr(knots[np.clip(below, 0, size - 1)]))
-    last = ndtr(knots[np.clip(upto - 1, 0, size - 1)])
-    drawn = ndtri(np.maximum(first + np.random.default_rng(seed).random(y.shape) * (last - first), 1e-12))
-    return np.where(upto > below, drawn, found)
+    atom = upto > below
+    low = np.where(atom, knots[np.clip(below, 0, size - 1)], found)
+    # At the end of the scale nothing lies below.
+    low = np.where(np.asarray(observed) <= scale.lowest, FLOOR, low)
+    return low, np.where(atom, knots[np.clip(upto - 1, 0, size - 1)], found)
+
+
+def scores(draws: np.ndarray, observed: np.ndarray, scale: Scale, least_spread: float, seed: int = 0) -> np.ndarray:
+    """One score (n,) for each value: drawn uniformly in probability between its `score_ends` where they differ."""
+    low, high = score_ends(draws, observed, scale, least_spread)
+    first, last = ndtr(low), ndtr(high)
+    drawn = ndtri(np.maximum(first + np.random.default_rng(seed).random(low.shape) * (last - first), 1e-12))
+    return np.where(high > low, np.minimum(drawn, high), high)
 
 
 def _curve(draws: np.ndarray, scale: Scale, least_spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,39 +211,37 @@ def values_at(draws: np.ndarray, at: np.ndarray, scale: Scale, least_spread: flo
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Scores of one group of a calibration cohort.
+    """Scores of one group of a calibration cohort; each patient counts 1 in all, each of his voxels alike.
 
     Attributes
     ----------
     patients : int
-    values : tuple of float
-        Scores, rising.
-    below, upto : tuple of float
-        Patients' worth of scores below each, and at or below it: each patient counts 1 in all.
+    values, levels : tuple of float
+        Scores (drawn at atoms), rising, and the share of the cohort up to the middle of each.
+    lows, below : tuple of float
+        Scores at which intervals may start, rising, and how many patients' worth of values lie below each.
+    highs, above : tuple of float
+        Scores at which intervals may end, rising, and how many patients' worth of values lie above each.
     """
 
     patients: int
     values: tuple[float, ...]
+    levels: tuple[float, ...]
+    lows: tuple[float, ...]
     below: tuple[float, ...]
-    upto: tuple[float, ...]
+    highs: tuple[float, ...]
+    above: tuple[float, ...]
 
     @classmethod
-    def of(cls, found: Sequence[np.ndarray]) -> GroupScores:
-        """Gather the scores of patients, each (voxels,)."""
-        t = np.concatenate(found)
-        weight = np.concatenate([np.full(len(f), 1 / len(f)) for f in found])
-        order = np.argsort(t, kind="stable")
-        t, cumulated = t[order], np.cumsum(weight[order])
-        first = np.flatnonzero(np.concatenate(([True], np.diff(t) > 0)))
-        last = np.append(first[1:] - 1, len(t) - 1)
-        below, upto = np.zeros(len(last)), cumulated[last]
-        below[1:] = upto[:-1]
-        if len(first) > KEPT:
-            # By their mass, so that as little as can be is lost; the ends always stay.
-            kept = np.unique(np.searchsorted(upto, np.linspace(upto[0], upto[-1], KEPT) - 1e-9))
-            first, below, upto = first[kept], below[kept], upto[kept]
-        columns = (np.round(a, 9).tolist() for a in (t[first], below, upto))
-        return cls(len(found), *(tuple(c) for c in columns))
+    def of(cls, ends: Sequence[tuple[np.ndarray, np.ndarray]], drawn: Sequence[np.ndarray]) -> GroupScores:
+        """Gather `score_ends` and `scores` of patients, each (voxels,)."""
+        n, weight = len(drawn), np.concatenate([np.full(len(d), 1 / len(d)) for d in drawn])
+        values, before, after = _cumulated(np.concatenate(drawn), weight)
+        # A value is missed below where the interval starts above the largest of its scores, and above likewise.
+        lows, below, _ = _cumulated(np.concatenate([e[1] for e in ends]), weight)
+        highs, _, upto = _cumulated(np.concatenate([e[0] for e in ends]), weight)
+        columns = (values, (before + after) / 2 / n, lows, below, highs, n - upto)
+        return cls(n, *(tuple(c.tolist()) for c in columns))
 
     def interval(self, level: float) -> tuple[float, float]:
         """Scores between which a new patient's lies with probability at least `level`, a half of the rest on each side.
@@ -251,23 +259,36 @@ class GroupScores:
                 f"least {fewest(level)}. Ask for a lower level (up to {1 - 2 / (self.patients + 1):.3g}), gather more "
                 "patients, or merge groups."
             )
-        tail = (1 - level) / 2 * (self.patients + 1)
-        under = np.flatnonzero(np.asarray(self.below) + 1 <= tail + 1e-6)
-        over = np.flatnonzero(self.patients - np.asarray(self.upto) + 1 <= tail + 1e-6)
-        return self.values[under[-1]], self.values[over[0]]
+        tail = (1 - level) / 2 * (self.patients + 1) + 1e-6
+        start = np.flatnonzero(np.asarray(self.below) + 1 <= tail)[-1]
+        end = np.flatnonzero(np.asarray(self.above) + 1 <= tail)[0]
+        # Where most values lie at the end of the scale, the lower end may pass the upper one.
+        return min(self.lows[start], self.highs[end]), self.highs[end]
 
     def quantile(self, levels: np.ndarray) -> np.ndarray:
         """Scores at levels (k,), linear between and without the correction for few patients: for draws and CRPS."""
-        middle = (np.asarray(self.below) + np.asarray(self.upto)) / 2 / self.patients
-        return np.interp(levels, middle, self.values)
+        return np.interp(levels, self.levels, self.values)
 
-    def levels(self, found: np.ndarray) -> np.ndarray:
+    def level(self, found: np.ndarray) -> np.ndarray:
         """Levels of scores, of any shape, between 0 and 1: the inverse of `quantile`."""
-        middle = (np.asarray(self.below) + np.asarray(self.upto)) / 2 / self.patients
-        found, values = np.asarray(found, float), np.asarray(self.values)
-        inside = np.interp(found, values, middle)
+        found, values, levels = np.asarray(found, float), self.values, self.levels
+        inside = np.interp(found, values, levels)
         # Beyond all scores of the cohort: half of what is left.
-        return np.where(found < values[0], middle[0] / 2, np.where(found > values[-1], (1 + middle[-1]) / 2, inside))
+        return np.where(found < values[0], levels[0] / 2, np.where(found > values[-1], (1 + levels[-1]) / 2, inside))
+
+
+def _cumulated(t: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct values, rising, and the weight below each and up to it; at most about `KEPT`, the ends among them."""
+    order = np.argsort(t, kind="stable")
+    t, total = t[order], np.cumsum(weight[order])
+    first = np.flatnonzero(np.concatenate(([True], np.diff(t) > 0)))
+    upto = total[np.append(first[1:], len(t)) - 1]
+    below = np.concatenate(([0.0], upto[:-1]))
+    if len(first) > KEPT:
+        # By their mass, so that as little as can be is lost.
+        kept = np.unique(np.searchsorted(upto, np.linspace(upto[0], upto[-1], KEPT) - 1e-9))
+        first, below, upto = first[kept], below[kept], upto[kept]
+    return t[first], below, upto
 
 
 def map_coverage(pits: Sequence[np.ndarray], levels: Sequence[float], band: float = 0.95) -> Coverage:

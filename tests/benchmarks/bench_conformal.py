@@ -34,7 +34,7 @@ from biomodel.conformal import (
     learn_adjustment,
     map_coverage,
     quantile_crps,
-    scores,
+    score_ends,
 )
 from biomodel.diagnostics import PredictiveCheck, coverage, pit, posterior_predictive_check
 from biomodel.diagnostics_forecasts import CURVE
@@ -218,15 +218,16 @@ def adjusted(rows: list[dict]) -> None:
         # How far a set of this size may fall from the level by chance, and that it falls to both sides.
         for name in SETTINGS:
             some = [r for r in rows if r["setting"] == name]
-            found = [scores(r[quantity][0].reshape(DRAWS, -1), np.atleast_1d(r[quantity][1]), scale, least, i)
-                     for i, r in enumerate(some)]  # fmt: skip
+            found = [score_ends(r[quantity][0].reshape(DRAWS, -1), np.atleast_1d(r[quantity][1]), scale, least)
+                     for r in some]  # fmt: skip
             shares, rng = [], np.random.default_rng(5)
             for _ in range(100):
                 order = rng.permutation(len(found))
                 half = len(found) // 2
-                group = GroupScores.of([found[k] for k in order[:half]])
+                group = GroupScores.of([found[k] for k in order[:half]], [found[k][1] for k in order[:half]])
                 ends = [group.interval(level) if half >= fewest(level) else (-np.inf, np.inf) for level in LEVELS]
-                shares.append([[np.mean((a <= found[k]) & (found[k] <= b)) for a, b in ends] for k in order[half:]])
+                shares.append([[np.mean((a <= found[k][1]) & (found[k][0] <= b)) for a, b in ends]
+                               for k in order[half:]])  # fmt: skip
             mean, sd = np.mean(shares, axis=(0, 1)), np.mean(shares, axis=1).std(0)
             told = ", ".join(f"{m:.1%} ± {s:.1%}" for m, s in zip(mean, sd, strict=True))
             print(f"{name}, {quantity}: 100 random halves, coverage of the other half, mean ± sd over halves: {told}")
