@@ -1,0 +1,49 @@
+"""The names at the top of survival: documented, loaded on use, and a missing extra is said."""
+
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import survival
+
+pytest.importorskip("sksurv")
+pytest.importorskip("lifelines")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_name_is_there_and_no_other():
+    assert survival.__all__ == sorted(survival.__all__) and len(set(survival.__all__)) == len(survival.__all__)
+    assert {name for name in dir(survival) if not name.startswith("__")} == set(survival.__all__)
+    assert set(survival._HOME) == set(survival.__all__)
+    with pytest.raises(AttributeError, match="Coxx"):
+        survival.Coxx  # noqa: B018
+
+
+@pytest.mark.parametrize("name", survival.__all__)
+def test_names_have_numpydoc(name):
+    thing = getattr(survival, name)
+    text = inspect.getdoc(thing) or ""
+    assert text.splitlines()[0].endswith((".", ").")), text.splitlines()[0]
+    if inspect.isfunction(thing):
+        sections = set(re.findall(r"^ *(\w+)\n *-{3,}$", text, flags=re.MULTILINE))
+        assert {"Parameters", "Returns", "Raises"} <= sections
+        taken = list(inspect.signature(thing).parameters)
+        assert all(re.search(rf"^ *[\w, ]*\b{n}\b", text, flags=re.MULTILINE) for n in taken), taken
+        assert set(typing.get_type_hints(thing)) >= {*taken, "return"}
+
+
+def test_importing_survival_loads_no_library():
+    code = "import sys, survival; print([n for n in ('sksurv', 'lifelines', 'torch', 'sklearn') if n in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_a_missing_extra_is_said():
+    code = "import sys; sys.modules['sksurv'] = None; import survival; survival.Cox"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "pip install 'tumorcast[survival]'" in run.stderr
