@@ -32,9 +32,10 @@ __all__ = ["balance", "cut_transfer", "outside_volume"]
 #: Near the boundary what the voxels' steps and the smooth mesh lack against each other is exchanged over a few voxels:
 #: moments are kept (this is how little they may give way, as a share of a row's weight) ...
 STRICT = 1e-6
-#: ... but waves longer than about 2 pi / SOFT^(1/4) = 17 voxels are left out. To exchange them without moments would
-#: take large weights of both signs all through the organ, which spoil sharp edges inside.
-SOFT = 0.02
+#: ... but waves longer than about 17 voxels, 2 pi / soft^(1/4), are left out: to exchange them without moments would
+#: take large weights of both signs all through the organ, which spoil sharp edges inside. In larger organs this length
+#: grows with the square root of the organ's width in voxels, so that it covers an ever smaller part of it.
+SOFT, WIDTH = 0.02, 15.0
 #: What is left, some thousandths of a voxel, is a slight displacement: here moments give way.
 FREEDOM = 0.3
 #: Largest error of the sums, relative to the largest sum; it bounds the mass that a transfer may lose.
@@ -51,6 +52,7 @@ def balance(
     sums: np.ndarray,
     moments: np.ndarray,
     totals: np.ndarray,
+    soft: float,
 ) -> sparse.csr_array:
     """Change a matrix as little as possible, so that its rows and columns have given sums and its rows given moments.
 
@@ -68,6 +70,8 @@ def balance(
         Wanted sums over a row of entry times (column's place - row's place).
     totals : ndarray, shape (c,)
         Wanted sums of columns; altogether as much as `sums`.
+    soft : float
+        Waves longer than 2 pi / soft^(1/4) voxels may change moments.
 
     Raises
     ------
@@ -77,7 +81,7 @@ def balance(
     v = sparse.coo_array(values)
     to, at = v.coords
     have = [np.bincount(to, v.data * (columns[at, a] - rows[to, a]), len(rows)) for a in range(columns.shape[1])]
-    near = _Changes(weights, rows, columns, STRICT, SOFT)
+    near = _Changes(weights, rows, columns, STRICT, soft)
     values = near.apply(values, sums, moments - np.stack(have, 1), totals)
     far = _Changes(weights, rows, columns, FREEDOM, 0.0)
     aim, error = ERROR * float(np.abs(totals).max()), math.inf
@@ -220,9 +224,11 @@ def cut_transfer(mesh: Mesh, degree: int) -> Transfer:
     per_voxel = sparse.csr_array(squares.T)
     per_voxel = sparse.diags_array(size / per_voxel.sum(1)) @ per_voxel
     nodal = sparse.diags_array(1 / squares.sum(1)) @ squares
-    average = balance(sparse.csr_array(overlap.T), per_voxel, centres, places, voxels, np.zeros_like(centres), totals)
+    soft = SOFT * (WIDTH / len(centres) ** (1 / len(axes))) ** 2
+    average = balance(sparse.csr_array(overlap.T), per_voxel, centres, places, voxels, np.zeros_like(centres), totals,
+                      soft)  # fmt: skip
     wide = squares + squares @ _neighbours(domain, axes) / (2 * len(axes))
-    load = balance(sparse.csr_array(load), sparse.csr_array(wide), places, centres, totals, first, voxels)
+    load = balance(sparse.csr_array(load), sparse.csr_array(wide), places, centres, totals, first, voxels, soft)
     return Transfer(sparse.csr_array(average / size), load, mass, sparse.csr_array(nodal), cellwise)
 
 
