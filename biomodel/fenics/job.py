@@ -36,8 +36,6 @@ class Job:
     diffusing : frozenset of str
         Those inputs that the diffusion reads.
     progress : callable or None
-    no_gradient : str
-        Why the run cannot be differentiated; empty where it can.
     """
 
     pool: Pool
@@ -49,7 +47,6 @@ class Job:
     cells: tuple[str, ...]
     diffusing: frozenset[str]
     progress: Callable[[float], None] | None = None
-    no_gradient: str = ""
 
     def request(self, do: str, leaves: Sequence[np.ndarray], extra: Mapping[str, Any] | None = None,
                 arrays: Mapping[str, np.ndarray] | None = None) -> Request:  # fmt: skip
@@ -83,8 +80,6 @@ class Simulate(torch.autograd.Function):
     def backward(ctx, *gradients: torch.Tensor) -> tuple:
         """Run forward again and back: the worker keeps nothing between requests."""
         job: Job = ctx.job
-        if job.no_gradient:
-            raise SolverError(job.no_gradient)
         leaves = ctx.saved_tensors
         needed = ctx.needs_input_grad[2 : 2 + len(leaves) - 3]
         names = (*job.scalars, *job.nodal, *job.cells)

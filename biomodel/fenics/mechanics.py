@@ -15,15 +15,9 @@ from biomodel.fenics.mesh import Mesh, Transfer, mask_centres
 from biomodel.mechanics import Clamped, Elastic
 from biomodel.models import ReactionDiffusion
 from biomodel.solvers.base import Context
-from biomodel.tape import Tape, record
+from biomodel.tape import Tape, gradient, record
 
-__all__ = ["NO_GRADIENT", "Tissue", "displacement_on_voxels", "von_mises_on_voxels"]
-
-#: Why there are no derivatives.
-NO_GRADIENT = (
-    "FenicsSolver simulates models with mechanics, but does not differentiate them; calibrate with TorchSolver, which "
-    "does, and check the result with FenicsSolver."
-)
+__all__ = ["Tissue", "displacement_on_voxels", "von_mises_on_voxels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +81,20 @@ class Tissue:
         """Inputs of both tapes but ``u``."""
         return tuple(n for n in dict.fromkeys((*self.young.inputs, *self.pressure.inputs)) if n != "u")
 
+    @property
+    def wrt(self) -> tuple[str, ...]:
+        """Those of the inputs that are parameters."""
+        return tuple(n for n in self.inputs if n.startswith("p."))
+
     def header(self, degree: int, tolerance: float) -> dict[str, Any]:
         """What the worker needs to make the forms."""
         return {
             "gives": self.gives,
             "young": self.young.json(),
             "pressure": self.pressure.json(),
+            "young_slopes": gradient(self.young, ["u", *self.wrt]).json(),
+            "pressure_slopes": gradient(self.pressure, ["u", *self.wrt]).json(),
+            "wrt": list(self.wrt),
             "poisson": self.equation.poisson,
             "clamped": isinstance(self.equation.edge, Clamped),
             "degree": degree,

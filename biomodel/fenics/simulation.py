@@ -16,7 +16,8 @@ from biomodel.domain import Domain
 from biomodel.errors import NotFiniteError, SolverError
 from biomodel.fenics.exchange import Exchange
 from biomodel.fenics.job import Job, Linear, LinearMap, Simulate, by_matrix
-from biomodel.fenics.mechanics import NO_GRADIENT, Tissue, displacement_on_voxels, von_mises_on_voxels
+from biomodel.fenics.linearisation import Linearisation
+from biomodel.fenics.mechanics import Tissue, displacement_on_voxels, von_mises_on_voxels
 from biomodel.fenics.mesh import BoxMesh, Mesh, Transfer
 from biomodel.fenics.pool import pool
 from biomodel.fenics.process import Request
@@ -62,7 +63,7 @@ class FenicsSimulation:
             if not np.isfinite(values).all():
                 raise SolverError(f"field {name!r} has NaN or infinite values inside the mask; mend it.")
         if self.tapes.diffusion is not None and len(self.tapes.diffusion.outputs) == 9:
-            self._check_tensor()
+            self.tapes.check_tensor(model, self.fields, [a for a in range(3) if domain.shape[2 - a] > 1])
 
     # Mesh and tapes --------------------------------------------------------------------------------------------------
 
@@ -125,24 +126,6 @@ class FenicsSimulation:
 
     def _is_place(self, name: str) -> bool:
         return name in PLACES and name not in self._extra and name not in self.domain.tissues
-
-    def _check_tensor(self) -> None:
-        values = {f"p.{n}": p.typical for n, p in self.model.parameters.items()}
-        values.update({f"c.{n}": v for n, v in self.fields.items()})
-        assert self.tapes.diffusion is not None
-        found = np.stack([np.broadcast_to(x, int(self.domain.mask.sum())) for x in self.tapes.diffusion(values)], -1)
-        tensor = found.reshape(-1, 3, 3)
-        if not np.allclose(tensor, tensor.transpose(0, 2, 1), rtol=1e-9, atol=1e-12):
-            raise SolverError(
-                f"{self.model.label}: the diffusion tensor is not symmetric; give xy = yx, xz = zx and yz = zy."
-            )
-        axes = [a for a in range(3) if self.domain.shape[2 - a] > 1]
-        least = np.linalg.eigvalsh(tensor[:, axes][:, :, axes])[:, 0].min()
-        if least < 0:
-            raise SolverError(
-                f"{self.model.label}: the diffusion tensor has a negative eigenvalue ({least:.3g} mm²/day) in the "
-                "mask; cells would gather instead of spreading. Mend the field (DTI needs its noise removed)."
-            )
 
     # Arguments -------------------------------------------------------------------------------------------------------
 
@@ -228,7 +211,7 @@ class FenicsSimulation:
         header = {"system": system["key"], "columns": self.course.columns, "tolerance": self.solver.linear_rtol,
                   "memory": self.solver.memory}  # fmt: skip
         return Job(pool(self.solver.ranks), [self._space, (system, {})], header, arrays, scalars, nodal, cells,
-                   frozenset(diffusing), progress, NO_GRADIENT if self.tissue else ""), leaves  # fmt: skip
+                   frozenset(diffusing), progress), leaves  # fmt: skip
 
     def _system(self, cells: Sequence[str]) -> dict[str, Any]:
         """The request that makes the forms, where these parameters are fields."""
@@ -457,8 +440,6 @@ class FenicsSimulation:
         u : Tensor, shape (batch, T, z, y, x), or (batch, rows)
         du : Tensor, shape (len(wrt), batch, T, z, y, x), or (len(wrt), batch, rows)
         """
-        if self.tissue is not None:
-            raise SolverError(NO_GRADIENT)
         values = {k: v.detach() for k, v in self._values(params).items()}
         start = self._state(u0).detach()
         plan = self.plan(params, u0, times) if plan is None else replace(plan, times=self._times(times))
@@ -504,8 +485,6 @@ class FenicsSimulation:
 
     def linearise(self, params: Mapping, u0, times, plan: StepPlan | None = None) -> Linearisation:
         """The run's outputs with its derivative by the initial state, for many products."""
-        if self.tissue is not None:
-            raise SolverError(NO_GRADIENT)
         values = {k: v.detach() for k, v in self._values(params).items()}
         start = self._state(u0).detach()
         plan = self.plan(params, u0, times) if plan is None else replace(plan, times=self._times(times))
@@ -515,32 +494,3 @@ class FenicsSimulation:
             nodal = self.exchange.to_nodes(start[i if len(start) > 1 else 0].numpy())
             maps.append(LinearMap(job, [nodal, *(x.numpy() for x in leaves)]))
         return Linearisation(self, maps)
-
-
-class Linearisation:
-    """The derivative J of the outputs by the initial state, as a linear map and its transpose."""
-
-    def __init__(self, simulation: FenicsSimulation, maps: list[LinearMap]):
-        self.simulation, self.maps = simulation, maps
-        average = simulation.exchange.average
-        self.outputs = simulation._spread(torch.stack([torch.from_numpy(average @ m.outputs.T).T for m in maps]))
-
-    def push(self, du0: torch.Tensor) -> torch.Tensor:
-        """J du0: (directions, batch, z, y, x) to (directions, batch, T, z, y, x)."""
-        s = self.simulation
-        x = torch.as_tensor(du0, dtype=torch.float64)[..., torch.tensor(s.domain.mask)].numpy()
-        found = []
-        for i, one in enumerate(self.maps):
-            moved = one.push(s.exchange.to_nodes(x[:, i if x.shape[1] > 1 else 0]))
-            found.append(by_matrix(s.exchange.average, torch.from_numpy(moved)).transpose(0, 1))
-        return s._spread(torch.stack(found, 1))
-
-    def pull(self, cotangents: torch.Tensor) -> torch.Tensor:
-        """Transpose of J: (directions, batch, T, z, y, x) to (directions, batch, z, y, x)."""
-        s = self.simulation
-        y = torch.as_tensor(cotangents, dtype=torch.float64)[..., torch.tensor(s.domain.mask)]
-        found = []
-        for i, one in enumerate(self.maps):
-            back = by_matrix(s.exchange.average.T, y[:, i].transpose(0, 1)).numpy()
-            found.append(torch.from_numpy(s.exchange.to_nodes_transposed(one.pull(np.ascontiguousarray(back)))))
-        return s._spread(torch.stack(found, 1))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from biomodel.errors import SolverError
 from biomodel.fenics.mesh import Mesh
@@ -96,6 +98,31 @@ class Tapes:
             diffusion = None
         return cls(reaction, gradient(reaction, ["u"]), gradient(reaction, ["u", *wrt]), wrt, diffusion)
 
+    def check_tensor(self, model: ReactionDiffusion, fields: Mapping[str, np.ndarray], axes: Sequence[int]) -> None:
+        """Refuse a diffusion tensor that is not symmetric, or under which cells would gather.
+
+        Parameters
+        ----------
+        fields : mapping of str to ndarray, shape (voxels,)
+        axes : sequence of int
+            Those of x, y, z along which the mesh extends.
+        """
+        values: dict[str, Any] = {f"p.{n}": p.typical for n, p in model.parameters.items()}
+        values.update({f"c.{n}": v for n, v in fields.items()})
+        assert self.diffusion is not None
+        found = np.stack(np.broadcast_arrays(*(np.asarray(x, float) for x in self.diffusion(values))), -1)
+        tensor = found.reshape(-1, 3, 3)
+        if not np.allclose(tensor, tensor.transpose(0, 2, 1), rtol=1e-9, atol=1e-12):
+            raise SolverError(
+                f"{model.label}: the diffusion tensor is not symmetric; give xy = yx, xz = zx and yz = zy."
+            )
+        least = np.linalg.eigvalsh(tensor[:, axes][:, :, axes])[:, 0].min()
+        if least < 0:
+            raise SolverError(
+                f"{model.label}: the diffusion tensor has a negative eigenvalue ({least:.3g} mm²/day) in the "
+                "mask; cells would gather instead of spreading. Mend the field (DTI needs its noise removed)."
+            )
+
     def system(self, space: str, mesh: Mesh, cell_fields: Sequence[str],
                mechanics: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
         """The request that makes the forms, with the key under which the worker keeps them."""
@@ -106,7 +133,8 @@ class Tapes:
             "mechanics": mechanics,
         }  # fmt: skip
         if self.diffusion is not None:
-            names = [n for n in self.diffusion.inputs if n.startswith("p.")]
+            stress = mechanics["gives"] if mechanics else None
+            names = [n for n in self.diffusion.inputs if n.startswith("p.") or n == stress]
             header["diffusion"] = self.diffusion.json()
             header["diffusion_slopes"] = {name: self._slopes_of_diffusion(name) for name in names}
         return {**header, "key": hashlib.sha1(json.dumps(header).encode()).hexdigest()}

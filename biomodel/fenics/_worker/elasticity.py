@@ -23,6 +23,10 @@ from .stepping import Failed
 PATIENCE = 4
 
 
+#: Place of each pair of axes among the six entries of a symmetric tensor.
+PLACE = {(0, 0): 0, (1, 1): 1, (2, 2): 2, (0, 1): 3, (0, 2): 4, (1, 2): 5}
+
+
 @dataclass(frozen=True, eq=False)
 class Stress:
     """Stress of the tissue by this rank's cells, in the moduli's unit.
@@ -61,7 +65,7 @@ class Elasticity:
     """
 
     def __init__(self, space: Space, degree: int, poisson: float, clamped: bool, tolerance: float):
-        self.space, self.clamped, self.tolerance = space, clamped, tolerance
+        self.space, self.degree, self.clamped, self.tolerance = space, degree, clamped, tolerance
         self.shear, self.lame = 1 / (2 * (1 + poisson)), poisson / ((1 + poisson) * (1 - 2 * poisson))
         d = space.dim
         self.pairs = [(i, j) for i in range(d) for j in range(i, d)]
@@ -78,6 +82,9 @@ class Elasticity:
             self.of_w = fem.Expression(entries, shim.interpolation_points(strains))
         self.nodes, self.count = fine.numbers(), space.vertices + (len(space.edges) if degree == 2 else 0)
         self.size = fine.size
+        #: Numbers in the displacement of the nodes that this rank owns.
+        self.count_here = fine.size * space.dim
+        self.range = (np.nan, np.nan)
         if space.comm.allreduce(self.size - len(fine.held)) == 0:
             raise Failed(
                 "mechanics",
@@ -122,12 +129,21 @@ class Elasticity:
         young, pressure : ndarray, shape (cells,)
             On this rank's cells, those of other ranks that it sees among them.
         """
+        self._check(young, pressure)
+        self.young.x.array[:], self.pressure.x.array[:] = young, pressure
+        self._prepare()
+        self.w.x.array[: self.count_here] = self.respond(self.force, self.w.x.array[: self.count_here])
+        self.w.x.scatter_forward()
+        return self._stress(young)
+
+    def _check(self, young: np.ndarray, pressure: np.ndarray) -> None:
         comm = self.space.comm
         least, most, wrong = float(young.min(initial=np.inf)), float(young.max(initial=-np.inf)), not (
             np.isfinite(young).all() and np.isfinite(pressure).all()
         )  # fmt: skip
         # All ranks stop together, or the others would wait for this one for ever.
         least, most, wrong = min(comm.allgather(least)), max(comm.allgather(most)), any(comm.allgather(wrong))
+        self.range = least, most
         if wrong:
             raise Failed("not finite", "Young's modulus or the pressure of the cells is not finite")
         if least <= 0:
@@ -136,26 +152,31 @@ class Elasticity:
                 f"Young's modulus falls to {least:.3g} kPa; expected positive moduli. Look for cell fractions far "
                 "outside [0, 1] or moduli that are not positive",
             )
-        self.young.x.array[:], self.pressure.x.array[:] = young, pressure
-        b = shim.assemble_vector(self.force)
+
+    def resume(self, young: np.ndarray, w: np.ndarray) -> None:
+        """Return to an equilibrium found before, with the displacement `w` (this rank's, as `w` held it then)."""
+        self.young.x.array[:], self.w.x.array[:] = young, w
+        self._prepare()
+
+    def respond(self, load, guess: np.ndarray | None = None) -> np.ndarray:
+        """Displacement, on this rank's own nodes, that balances a form of the test function at the present moduli."""
+        b = shim.assemble_vector(load)
         b.ghostUpdate(PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
         b.array.reshape(-1, self.space.dim)[self.levels[0].held] = 0.0
-        self._prepare()
         if not self.clamped:
             self.levels[0].motions.remove(b)
-        x, count = b.duplicate(), self.size * self.space.dim
+        x = b.duplicate()
         if b.norm() > 0:
-            x.array[:] = self.w.x.array[:count]
-            self._cg(b, x, least, most)
+            x.array[:] = 0.0 if guess is None else guess
+            self._cg(b, x)
         if not self.clamped:
             self.levels[0].motions.remove(x)
-        self.w.x.array[:count] = x.array
-        self.w.x.scatter_forward()
+        found = x.array.copy()
         b.destroy()
         x.destroy()
-        return self._stress(young)
+        return found
 
-    def _cg(self, b: PETSc.Vec, x: PETSc.Vec, least: float, most: float) -> None:
+    def _cg(self, b: PETSc.Vec, x: PETSc.Vec) -> None:
         assert self.solver is not None
         solver = self.solver
         solver.solve(b, x)
@@ -170,7 +191,7 @@ class Elasticity:
         self.solves += 1
         self.iterations += self.last
         if solver.getConvergedReason() < 0:
-            left = solver.getResidualNorm() / b.norm()
+            left, (least, most) = solver.getResidualNorm() / b.norm(), self.range
             raise Failed(
                 "mechanics",
                 f"conjugate gradients for the elastic equilibrium left a relative residual of {left:.2g} after "
@@ -178,21 +199,25 @@ class Elasticity:
                 f"{least:.3g} to {most:.3g} kPa. Use moduli that differ less, a better mesh, or a larger stress_rtol",
             )
 
-    def _stress(self, young: np.ndarray) -> Stress:
+    def strain_at_centres(self) -> np.ndarray:
+        """Strain (cells, 6) of `w`, with entries as those of `Stress`; columns of the axes that are not there are 0."""
         self.strain.interpolate(self.of_w)
         # Cell by cell: piecewise constants are numbered by cells in the order of their dofs.
         rows = shim.table(self.strain.function_space.dofmap.list, 1)[:, 0]
         own = shim.table(self.space.constants.dofmap.list, 1)[:, 0]
-        strain = np.zeros((len(young), 6))
-        place = {(0, 0): 0, (1, 1): 1, (2, 2): 2, (0, 1): 3, (0, 2): 4, (1, 2): 5}
+        strain = np.zeros((len(self.space.cell_of), 6))
         values = self.strain.x.array.reshape(-1, len(self.pairs))
         for k, pair in enumerate(self.pairs):
-            strain[own, place[pair]] = values[rows, k]
+            strain[own, PLACE[pair]] = values[rows, k]
+        return strain
+
+    def _stress(self, young: np.ndarray) -> Stress:
+        strain = self.strain_at_centres()
         stress = 2 * self.shear * strain
         stress[:, :3] += self.lame * strain[:, :3].sum(1, keepdims=True)
         return Stress(young[:, None] * stress)
 
     def displacement(self) -> np.ndarray | None:
         """The last displacement (d, nodes), by the sender's numbers, on rank 0."""
-        local = self.w.x.array[: self.size * self.space.dim].reshape(self.size, -1).T
+        local = self.w.x.array[: self.count_here].reshape(self.size, -1).T
         return self.space.join(np.ascontiguousarray(local), self.nodes, self.count)

@@ -143,6 +143,34 @@ class Diffusion:
         matrix.assemble()
         return matrix
 
+    def is_field(self, name: str) -> bool:
+        """Whether an input of the coefficient is piecewise constant."""
+        return isinstance(self.inputs.get(name), fem.Function)
+
+    def along(self, name: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """The function (x, v) -> derivative of K v along a change x (cells,) of an input that is a field.
+
+        `x` holds the cells that this rank sees, as `Space.constants` numbers them.
+        """
+        key = f"{name} along"
+        if key not in self._forms:
+            change, v = fem.Function(self.space.constants), self.space.function()
+            outputs = [x for tape in self.slopes[name] for x in replay(tape, self.inputs, UFL)]
+            with compiling(self.space.comm):
+                flux = self._flux(outputs, ufl.grad(v))
+                form = fem.form(change * ufl.inner(flux, ufl.grad(self.test)) * self.dx)
+            self._forms[key] = (form, change, v)
+        form, change, v = self._forms[key]
+
+        def move(x: np.ndarray, state: np.ndarray) -> np.ndarray:
+            change.x.array[:] = x
+            self.space.assign(v, state)
+            vector = shim.assemble_vector(form)
+            vector.ghostUpdate(PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
+            return vector.array.copy()
+
+        return move
+
     def pairing(self, name: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """The function (y, v) -> derivative of y' K v by each cell's value of an input that is a field."""
         key = f"{name} by cells"

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import ufl
 from dolfinx import fem
+from petsc4py import PETSc
 
 from . import shim
 
@@ -131,6 +132,36 @@ class Space:
         into.array[:] = local
         mass.mult(into, out)
         return 1.5 * local - 0.5 * out.array / lumped
+
+    @cached_property
+    def cell_volumes(self) -> np.ndarray:
+        """Volumes of the cells that this rank owns, as `constants` numbers them."""
+        with compiling(self.comm):
+            form = fem.form(ufl.TestFunction(self.constants) * ufl.dx)
+        return shim.assemble_vector(form).array.copy()
+
+    @cached_property
+    def _centres(self):
+        weight = fem.Function(self.constants)
+        with compiling(self.comm):
+            # One point, the centre, whose weight is the cell's volume.
+            form = fem.form(weight * ufl.TestFunction(self.space) * ufl.dx(metadata={"quadrature_degree": 1}))
+        return form, weight
+
+    def at_centres_transposed(self, values: np.ndarray) -> np.ndarray:
+        """Transpose of `at_centres`: from numbers of the cells that this rank owns to its degrees of freedom."""
+        form, weight = self._centres
+        weight.x.array[: self.owned_cells] = values / self.cell_volumes
+        vector = shim.assemble_vector(form)
+        vector.ghostUpdate(PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
+        found = vector.array.copy()
+        vector.destroy()
+        if self.degree > 1:
+            return found
+        mass, lumped, into, out = self._mass
+        into.array[:] = found / lumped
+        mass.mult(into, out)
+        return 1.5 * found - 0.5 * out.array
 
     def at_centres(self, local: np.ndarray) -> np.ndarray:
         """Values (cells,) at the cells' centres of a state with the given degrees of freedom.

@@ -127,9 +127,8 @@ class Server:
             if system.tissue is None:
                 heat = self._heat(request, diffusion, scalars, cells)
             else:
-                name = system.tissue["gives"]
-                diffusion.set(scalars, {**cells, name: np.zeros(space.cell_count)})
-                heat = CoupledHeat(diffusion, self._body(system, scalars, arrays), name, request["tolerance"])
+                heat = CoupledHeat(diffusion, (scalars, cells), self._body(system, scalars, arrays),
+                                   system.tissue["gives"], request["tolerance"], request["memory"] / MAPS)  # fmt: skip
         values: dict[str, Any] = dict(scalars)
         values.update({n[5:]: space.take(a) for n, a in arrays.items() if n.startswith("node:")})
         reaction = Reaction(system.rate, system.slopes, system.wrt, values, arrays["tables"], request["columns"])
@@ -141,7 +140,7 @@ class Server:
     def _body(self, system: System, scalars, arrays) -> Body:
         values = {**scalars, **{n[5:]: a for n, a in arrays.items() if n.startswith(("cell:", "body:"))}}
         assert system.tissue is not None and system.elasticity is not None
-        return Body(system.space, system.elasticity, system.tissue["young"], system.tissue["pressure"], values)
+        return Body(system.space, system.elasticity, system.tissue, values)
 
     def stress(self, request, arrays) -> Answer:
         """Elastic equilibrium at a nodal state ``u``: ``stress`` (6, cells) and ``displacement`` (d, nodes)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,74 @@ class Heat:
         z = self.solve(h, (1 + ROOT2) * r, (1 + ROOT2) * y)
         return y, z, self.mass(z) - ROOT2 * r
 
+    def step_back(self, h, c, kept, after, lam, wanted: Sequence[str], sums: dict[str, Any]) -> np.ndarray:
+        """Pull `lam` back through a step from `c` to `after`, whose intermediate state was `kept`.
+
+        Derivatives by those of the inputs `wanted` that the coefficient reads are added to `sums`: numbers, or arrays
+        (owned cells,) of those that are piecewise constant.
+        """
+        y, z, back = self.step_transposed(h, lam)
+        tau = THETA * h
+        for name in wanted:
+            if self.diffusion.is_field(name):
+                pair = self.diffusion.pairing(name)
+                sums[name] = sums[name] - tau * (pair(y, after) + pair(z, kept))
+            elif name in self.diffusion.slopes:
+                slope = self.diffusion.slope(name)
+                sums[name] -= tau * float(y @ self.multiply(slope, after) + z @ self.multiply(slope, kept))
+        return back
+
+    def step_tangents(self, h, c, dc, numbers: Mapping[str, np.ndarray],
+                      cells: tuple[str, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """One step of the state and of m tangents.
+
+        Parameters
+        ----------
+        c, dc : ndarray, shape (nodes,) and (m, nodes)
+        numbers : mapping of str to ndarray, shape (m,)
+            Tangents of inputs that are numbers.
+        cells : (str, ndarray of shape (m, cells)), optional
+            Tangents of one input that is piecewise constant.
+        """
+        tau = THETA * h
+        moving = {n: x for n, x in numbers.items() if n in self.diffusion.names and np.any(x)}
+        w, v = self.step(h, c)
+        slopes = {n: (self.multiply(self.diffusion.slope(n), w), self.multiply(self.diffusion.slope(n), v))
+                  for n in moving}  # fmt: skip
+        found = np.empty_like(dc)
+        for m in range(len(dc)):
+            load = [np.zeros_like(c) + sum(tau * x[m] * slopes[n][k] for n, x in moving.items()) for k in (0, 1)]
+            if cells is not None:
+                along = self.diffusion.along(cells[0])
+                load = [one + tau * along(cells[1][m], state) for one, state in zip(load, (w, v), strict=True)]
+            dw = self.solve(h, self.mass(dc[m]) - load[0], dc[m])
+            found[m] = self.solve(h, self.mass((1 + ROOT2) * dw - ROOT2 * dc[m]) - load[1], dw)
+        return v, found
+
+    @property
+    def size(self) -> int:
+        """Bytes of its matrices, roughly."""
+        return int(30 * self.K.getInfo()["nz_used"])
+
+    # What a diffusion has that remembers; this one does not.
+
+    def size_of_step(self, state: np.ndarray) -> int:
+        """Bytes that a step keeps for its transpose."""
+        return 2 * state.nbytes
+
+    def mark(self) -> None:
+        """What a step reads beside the state: nothing."""
+
+    def back_to(self, mark: None) -> None:
+        """Return to where `mark` was asked for."""
+
+    def hold(self) -> None:
+        """What `held` needs of the step just done."""
+
+    def held(self, kept: None) -> Heat:
+        """Matrices of a step."""
+        return self
+
 
 @dataclass
 class Operation:
@@ -195,8 +263,8 @@ class Run:
             u = u * self.jumps[index] if kind == JUMP else self.reaction.advance(u, index, h)
         return u
 
-    def _advance(self, op: Operation, u: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-        """One operation: what is between the two solves of a diffusion, and the new state."""
+    def _advance(self, op: Operation, u: np.ndarray) -> tuple[Any, np.ndarray]:
+        """One operation: what a step of diffusion keeps for its transpose, and the new state."""
         if op.kind == DIFFUSE:
             return self.heat.step(op.h, u) if self.heat is not None else (None, u)
         return None, self._react(op, u) if op.kind == STEP else u
@@ -236,17 +304,19 @@ class Run:
         diffusion: dict[str, Any] = {**dict.fromkeys(scalars, 0.0), **dict.fromkeys(cells, 0.0)}
         tables, jumps = np.zeros_like(self.reaction.tables), np.zeros_like(self.jumps)
         count = len(self.program)
-        fits = max(2, int(self.memory // (2 * u0.nbytes)))
+        fits = max(2, int(self.memory // (self.heat.size_of_step(u0) if self.heat is not None else 2 * u0.nbytes)))
         stride = count if count <= fits else max(math.ceil(math.sqrt(count)), math.ceil(count / fits))
         starts, u = [], u0
         for n, op in enumerate(self.program[: (count - 1) // stride * stride]):
             if n % stride == 0:
-                starts.append(u)
+                starts.append((u, self.heat.mark() if self.heat is not None else None))
             u = self._advance(op, u)[1]
-        starts.append(u)
+        starts.append((u, self.heat.mark() if self.heat is not None else None))
         lam, remaining = np.zeros_like(u0), len(cotangents)
         for first in range((len(starts) - 1) * stride, -1, -stride):
-            segment, kept, u = self.program[first : first + stride], [], starts[first // stride]
+            segment, kept, (u, mark) = self.program[first : first + stride], [], starts[first // stride]
+            if self.heat is not None:
+                self.heat.back_to(mark)
             for op in segment:
                 middle, after = self._advance(op, u)
                 kept.append((u, middle, after))
@@ -258,9 +328,8 @@ class Run:
                     lam = lam + cotangents[remaining]
                 elif op.kind == STEP:
                     lam = self._react_back(op, u, lam, sums, tables, jumps)
-                elif self.heat is not None and w is not None:
-                    y, z, lam = self.heat.step_transposed(op.h, lam)
-                    self._by_diffusion(op.h, y, v, z, w, scalars, cells, diffusion)
+                elif self.heat is not None:
+                    lam = self.heat.step_back(op.h, u, w, v, lam, list(diffusion), diffusion)
                 self.progress(1 - (first + n) / count)
         return {"u0": lam, "reaction": sums, "diffusion": diffusion, "tables": tables, "jumps": jumps}
 
@@ -277,15 +346,6 @@ class Run:
                 lam = self.reaction.adjoint(u, lam, index, h, sums, tables[index])
         return lam
 
-    def _by_diffusion(self, h, y, v, z, w, scalars, cells, sums):
-        tau = THETA * h
-        for name in scalars:
-            slope = self.heat.diffusion.slope(name)
-            sums[name] -= tau * float(y @ self.heat.multiply(slope, v) + z @ self.heat.multiply(slope, w))
-        for name in cells:
-            pair = self.heat.diffusion.pairing(name)
-            sums[name] = sums[name] - tau * (pair(y, v) + pair(z, w))
-
     # Tangents --------------------------------------------------------------------------------------------------------
 
     def tangents(self, u, du, numbers: dict[str, np.ndarray], tables: np.ndarray, jumps: np.ndarray):
@@ -299,9 +359,6 @@ class Run:
         tables, jumps : ndarray, shape (m, steps, 3, columns) and (m, jumps)
         """
         outputs, moved = [], []
-        diffusing = {}
-        if self.heat is not None:
-            diffusing = {n: x for n, x in numbers.items() if n in self.heat.diffusion.names and np.any(x)}
         for n, op in enumerate(self.program):
             if op.kind == OUTPUT:
                 self._require_finite(u, du)
@@ -315,34 +372,23 @@ class Run:
                     else:
                         u, du = self.reaction.tangent(u, du, index, h, numbers, tables[:, index])
             elif self.heat is not None:
-                u, du = self._diffuse_tangents(op.h, u, du, diffusing)
+                u, du = self.heat.step_tangents(op.h, u, du, numbers)
             self.progress((n + 1) / len(self.program))
         return outputs, moved
 
-    def _diffuse_tangents(self, h, c, dc, diffusing):
-        heat, tau = self.heat, THETA * h
-        w, v = heat.step(h, c)
-        slopes = {n: (heat.multiply(heat.diffusion.slope(n), w), heat.multiply(heat.diffusion.slope(n), v))
-                  for n in diffusing}  # fmt: skip
-        found = np.empty_like(dc)
-        for m in range(len(dc)):
-            load = [sum(tau * x[m] * slopes[n][k] for n, x in diffusing.items()) for k in (0, 1)]
-            dw = heat.solve(h, heat.mass(dc[m]) - load[0], dc[m])
-            found[m] = heat.solve(h, heat.mass((1 + ROOT2) * dw - ROOT2 * dc[m]) - load[1], dw)
-        return v, found
-
     # The linear map by the initial state -----------------------------------------------------------------------------
 
-    def linearise(self, u: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-        """States at the outputs, and the reaction's derivative by the state for each operation."""
+    def linearise(self, u: np.ndarray) -> tuple[list[np.ndarray], list[Any]]:
+        """States at the outputs, and for each operation the reaction's derivative, or what `held` needs."""
         outputs, slopes = [], []
         for op in self.program:
-            slope = None
+            slope: Any = None
             if op.kind == OUTPUT:
                 self._require_finite(u)
                 outputs.append(u)
             elif op.kind == DIFFUSE:
                 u = self._advance(op, u)[1]
+                slope = self.heat.hold() if self.heat is not None else None
             else:
                 slope = np.ones_like(u)
                 for kind, index, h in op.parts:
@@ -363,7 +409,8 @@ class Run:
             elif op.kind == STEP:
                 du = du * slope
             elif self.heat is not None:
-                du = np.stack([self.heat.step(op.h, one)[1] for one in du])
+                heat = self.heat.held(slope)
+                du = np.stack([heat.step(op.h, one)[1] for one in du])
         return np.stack(outputs)
 
     def pull(self, slopes, cotangents: np.ndarray) -> np.ndarray:
@@ -376,5 +423,6 @@ class Run:
             elif op.kind == STEP:
                 lam = lam * slope
             elif self.heat is not None:
-                lam = np.stack([self.heat.step_transposed(op.h, one)[2] for one in lam])
+                heat = self.heat.held(slope)
+                lam = np.stack([heat.step_transposed(op.h, one)[2] for one in lam])
         return lam
