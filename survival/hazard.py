@@ -46,8 +46,9 @@ def coarsened(y: np.ndarray, count: int) -> np.ndarray:
 class Head(SurvivalAnalysisMixin, BaseEstimator):
     """What all models of the time to an event share: input is checked, and risks and curves have one form.
 
-    A model of your own defines ``_fit(x, y)``, ``_curves(x, times)`` with the values (n, T) of the curves, and, unless
-    its risks are the time lost to the event, ``_risk(x)``.
+    A model of your own defines ``_fit(x, y)`` and ``_curves(x, times)`` with the values (n, T) of the curves. Unless it
+    defines ``_risk(x)``, its risks are the probabilities of having had the event by the time of a random event of the
+    training data: where curves cross, the risk then asks for what concordance is about.
 
     Attributes
     ----------
@@ -56,6 +57,8 @@ class Head(SurvivalAnalysisMixin, BaseEstimator):
         Where the table had names.
     last_time_ : float
         The longest time seen in training; curves end there.
+    event_times_ : ndarray
+        Up to 99 quantiles of the times of events in training.
     """
 
     #: Whether curves may be asked for past the last time of training: a parametric model says something there.
@@ -72,6 +75,7 @@ class Head(SurvivalAnalysisMixin, BaseEstimator):
         y = checked_follow_up(y, f"{type(self).__name__}.fit", events=2)
         x = fitted_table(self, X, len(y))
         self.last_time_ = float(y["time"].max())
+        self.event_times_ = np.unique(np.quantile(y["time"][y["event"]], np.arange(0.01, 1.0, 0.01)))
         self._fit(x, y)
         return self
 
@@ -96,8 +100,7 @@ class Head(SurvivalAnalysisMixin, BaseEstimator):
         raise NotImplementedError
 
     def _risk(self, x: np.ndarray) -> np.ndarray:
-        times = np.linspace(0, self.last_time_, 101)[1:]
-        return self.last_time_ - Curves(times, self._curves(x, times)).mean_time(self.last_time_)
+        return 1 - self._curves(x, self.event_times_).mean(1)
 
 
 class Cox(Head):

@@ -38,6 +38,10 @@ class Stacked(Head):
     ----------
     weights_ : dict
         Weight of each head, by name.
+    grid_ : ndarray, shape (points,)
+        Times at which the score was summed.
+    out_of_fold_ : ndarray, shape (heads, n, points)
+        Curves of the training patients by each head that was fitted without them: what the weights were learned from.
     """
 
     def __init__(self, heads: Sequence[tuple[str, Any]] = (), folds: int = 5, points: int = 60, seed: int = 0):
@@ -48,8 +52,10 @@ class Stacked(Head):
             raise InputError("Stacked.fit: no heads; give at least one (name, estimator).")
         first, last = np.quantile(y["time"], (0.05, 0.9))
         self.grid_ = np.linspace(first, last, self.points)
-        found = [out_of_fold_curves(head, x, y, self.grid_, self.folds, self.seed) for _, head in self.heads]
-        weights = simplex_weights(np.stack(found), y, self.grid_)
+        self.out_of_fold_ = np.stack(
+            [out_of_fold_curves(head, x, y, self.grid_, self.folds, self.seed) for _, head in self.heads]
+        )
+        weights = simplex_weights(self.out_of_fold_, y, self.grid_)
         self.weights_ = {name: float(w) for (name, _), w in zip(self.heads, weights, strict=True)}
         self.models_ = [
             (w, clone(head).fit(x, y)) for (_, head), w in zip(self.heads, weights, strict=True) if w > 1e-6
@@ -58,10 +64,6 @@ class Stacked(Head):
     def _curves(self, x: np.ndarray, times: np.ndarray) -> np.ndarray:
         total = sum(w for w, _ in self.models_)
         return sum(w / total * predict_curves(model, x, times).survival for w, model in self.models_)
-
-    def _risk(self, x: np.ndarray) -> np.ndarray:
-        """Share of the time between the 5th and 90th percentile that is lost to the event."""
-        return 1 - self._curves(x, self.grid_).mean(1)
 
 
 def out_of_fold_curves(
