@@ -28,7 +28,7 @@ CASES = {
 
 
 def build(case, memory=1e9, ranks=1):
-    """A simulation whose stress reads tissues, state and every modulus; its values, state and weights of its outputs."""
+    """A simulation whose stress reads tissues, state and all moduli; its values, state and weights of its outputs."""
     shape, edge, degree, displacement_degree = CASES[case]
     rng = np.random.default_rng(0)
     mask = np.ones(shape, bool)
@@ -38,9 +38,8 @@ def build(case, memory=1e9, ranks=1):
     domain = Domain.box(shape, (3.0, 1.5, 1.5), mask=mask, tissues=tissues)
     priors = [LogNormal(x, 0.3) for x in (2.0, 5.0, 20.0, 10.0)]
     mechanics = Elastic(("a", "b"), tuple(priors[:2]), tumour=priors[2], coupling=priors[3], poisson=0.4, edge=edge)
-    model = bm.ReactionDiffusion(
-        bm.Logistic(), StressDamped(bm.Isotropic(), mechanics=mechanics), [bm.Chemotherapy("paclitaxel"), bm.Radiotherapy()]
-    )
+    treatments = [bm.Chemotherapy("paclitaxel"), bm.Radiotherapy()]
+    model = bm.ReactionDiffusion(bm.Logistic(), StressDamped(bm.Isotropic(), mechanics=mechanics), treatments)
     schedule = Schedule.weekly("paclitaxel", 3.3, 4, 80, "mg/m^2") + Schedule(fractions=(Fraction(5.6, 2.0),))
     solver = bm.FenicsSolver(degree=degree, displacement_degree=displacement_degree, linear_rtol=1e-13,
                              stress_rtol=1e-13, memory=memory, ranks=ranks)  # fmt: skip
@@ -81,8 +80,10 @@ def test_adjoint_tangents_and_finite_differences_agree(case):
     assert abs(float((along[0] * weight).sum()) - float((state.grad * direction).sum())) < 1e-8 * abs(difference)
 
 
-@pytest.mark.parametrize("name,typical", [("mechanics.E_a", 2.0), ("mechanics.coupling", 10.0), ("diffusion.gamma", 0.3),
-                                          ("diffusion.D", 0.8)])  # fmt: skip
+FIELDS = [("mechanics.E_a", 2.0), ("mechanics.coupling", 10.0), ("diffusion.gamma", 0.3), ("diffusion.D", 0.8)]
+
+
+@pytest.mark.parametrize("name,typical", FIELDS)
 def test_gradient_by_a_field(name, typical):
     simulation, start, u0, weight = build("P1 and P2")
     plan = simulation.fixed_plan(TIMES, [2, 3])
