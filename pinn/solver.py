@@ -1,0 +1,362 @@
+"""`PinnSolver`: a physics-informed network as a solver of the same models as the classical ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import qmc
+
+from biomodel.domain import Domain
+from biomodel.errors import NotFiniteError, SolverError
+from biomodel.models import ReactionDiffusion
+from biomodel.schedule import Schedule
+from biomodel.solvers.base import Built, Linearised, Solver
+from biomodel.solvers.torch import TorchSolver
+from pinn.carried import coefficients
+from pinn.network import Network
+from pinn.residuals import Direction, Guides, Physics, Residual
+from pinn.training import DAMPING, Splitting, Trained, tangents, train
+from pinn.voxels import Voxels
+
+#: A training that ends this many times above `rtol` has failed and is begun anew from other weights.
+FAILED = 10.0
+#: The guess by operator splitting is fitted to this relative accuracy, in at most so many iterations.
+GUESS, GUESSING = 2e-2, 40
+#: A held-out residual this many times above the trained one says that the points are too few.
+UNSEEN = 5.0
+
+
+class TrainingWarning(UserWarning):
+    """A network whose training ended before its residual was as small as asked."""
+
+
+@dataclass(frozen=True)
+class PinnSolver:
+    """A physics-informed network, trained by Levenberg-Marquardt in float64.
+
+    The start, zero flux on the box and jumps by radiotherapy hold exactly by the network's form
+    (:mod:`pinn.residuals`); the equation's residual at scattered points of space and time is made small. Derivatives
+    by parameters follow from the implicit function theorem on the trained residual.
+
+    It does what `TorchSolver` does on boxes with one diffusivity and treatments that act alike everywhere, in one to
+    three dimensions, at a hundred times the cost: see `make bench-pinn` for where that pays.
+
+    Parameters
+    ----------
+    rtol : float
+        Relative root mean square of the residual at which training stops: of the change per whole span of time, over
+        the cell fraction.
+    frequencies, hidden : int, tuple of int
+        Cosines per axis and units per layer of the network.
+    points : int, optional
+        Collocation points; three per weight by default.
+    iterations : int
+        Most Levenberg-Marquardt iterations of one training.
+    restarts : int
+        Further trainings from other weights after one that failed.
+    seed : int
+    classical : TorchSolver or FenicsSolver
+        For what a network does not give: products with the derivative by the whole initial state.
+
+    Examples
+    --------
+    >>> import biomodel as bm, pinn, torch
+    >>> domain = bm.Domain.box((1, 1, 32))
+    >>> u0 = 0.5 * torch.exp(-((torch.arange(32) - 15.5) / 4) ** 2).reshape(1, 1, 32).double()
+    >>> network = pinn.PinnSolver(hidden=(8, 8), rtol=1e-3).build(bm.ReactionDiffusion(), domain, bm.Schedule())
+    >>> network({"growth.k": 0.05}, u0, [30.0]).shape
+    torch.Size([1, 1, 1, 1, 32])
+    """
+
+    rtol: float = 3e-4
+    frequencies: int = 5
+    hidden: tuple[int, ...] = (20, 20)
+    points: int | None = None
+    iterations: int = 150
+    restarts: int = 2
+    seed: int = 0
+    classical: Solver = field(default_factory=TorchSolver)
+
+    def __post_init__(self):
+        if not 1e-10 <= self.rtol <= 0.5:
+            raise SolverError(f"PinnSolver: rtol is {self.rtol}; expected a number between 1e-10 and 0.5.")
+        if self.frequencies < 1 or not self.hidden or min(self.hidden) < 1:
+            raise SolverError(
+                f"PinnSolver: frequencies {self.frequencies} and hidden {self.hidden}; expected at least one cosine "
+                "per axis and one layer of at least one unit, for instance frequencies=5, hidden=(20, 20)."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64: second-order training needs it."""
+        return torch.float64
+
+    @property
+    def device(self) -> str:
+        """The CPU."""
+        return "cpu"
+
+    def versions(self) -> dict[str, str]:
+        """Versions of libraries of the classical solver."""
+        return self.classical.versions()
+
+    def build(self, model: ReactionDiffusion, domain: Domain, schedule: Schedule,
+              fields: Mapping[str, np.ndarray] | None = None, start: float = 0.0) -> PinnSimulation:  # fmt: skip
+        """The network of a model on a domain under a schedule, from day `start`; it is trained when it is called.
+
+        Raises
+        ------
+        SolverError
+            If the domain is no box, or a term varies in space or needs an auxiliary field.
+        ModelError
+            If the schedule has a therapy for which the model has no term.
+        """
+        return PinnSimulation(self, model, domain, schedule, dict(fields or {}), float(start))
+
+
+@dataclass(eq=False)
+class _Net:
+    """A network over one span of time: residuals at its points, and how far it is trained."""
+
+    physics: Physics
+    network: Network
+    residual: Residual
+    fresh: Residual
+    voxels: Voxels
+    trained: Trained
+    values: dict[str, float] = field(default_factory=dict)
+    u0: np.ndarray | None = None
+    along: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class PinnSimulation:
+    """A network for one model, domain and schedule; it keeps its weights from call to call and begins from them.
+
+    Attributes
+    ----------
+    held_out : float
+        Relative root mean square of the residual at points that training never saw, at the last call.
+    iterations : int
+        Levenberg-Marquardt iterations in all.
+    """
+
+    def __init__(self, solver: PinnSolver, model, domain: Domain, schedule, fields, start: float):
+        self.solver, self.model, self.domain, self.schedule = solver, model, domain, schedule
+        Physics(model, domain, schedule, start, 1.0)  # refuses what the network cannot do
+        self.start, self.fields = start, fields
+        self.progress: Callable[[str], None] | None = None
+        self.held_out = float("nan")
+        self.iterations = 0
+        self._net: _Net | None = None
+        self._classical: Built | None = None
+
+    # Calls ------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, params: Mapping, u0, times, plan: Any = None) -> torch.Tensor:
+        """States (batch, T, z, y, x), voxel averages.
+
+        They carry no gradient: `sensitivities` gives derivatives.
+        """
+        rows = self._rows(params, u0)
+        days = self._days(times)
+        found = []
+        for values, state in rows:
+            net = self._solve(values, state, days)
+            found.append(torch.stack([net.voxels.state(net.trained.w, self._tau(net, t)) for t in days]))
+        return torch.stack(found).reshape(len(rows), len(days), *self.domain.shape)
+
+    def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str | None], plan: Any = None,
+                      du0: torch.Tensor | None = None, rows: np.ndarray | None = None
+                      ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """States and their derivatives along directions.
+
+        Parameters
+        ----------
+        wrt : sequence of str or None
+            The parameter of each direction, if any.
+        du0 : tensor, shape (directions, 1, z, y, x), optional
+            The change of the initial state of each direction.
+        rows : ndarray of bool, shape (T, z, y, x), optional
+            Which entries are wanted; the results then have one axis (of these) in place of four.
+
+        Returns
+        -------
+        tuple of tensor
+            States (1, T, z, y, x) and derivatives (directions, 1, T, z, y, x).
+        """
+        ((values, state),) = self._rows(params, u0)
+        days = self._days(times)
+        net = self._solve(values, state, days)
+        directions = []
+        for i, name in enumerate(wrt):
+            change = None if du0 is None else du0[i].detach().numpy().reshape(net.physics.shape)
+            start = None if change is None or not change.any() else torch.tensor(coefficients(change))
+            directions.append(Direction(name, start))
+        dw = tangents(net.residual, net.trained.w, directions)
+        net.along = {n: dw[i] for i, n in enumerate(wrt) if n is not None}
+        both = [net.voxels.along(net.trained.w, self._tau(net, t), directions, dw) for t in days]
+        shape = (1, len(days), *self.domain.shape)
+        u = torch.stack([b[0] for b in both]).reshape(shape)
+        du = torch.stack([b[1] for b in both], 1).reshape(len(wrt), *shape)
+        if rows is None:
+            return u, du
+        inside = torch.as_tensor(rows)
+        return u[:, inside], du[:, :, inside]
+
+    def plan(self, params: Mapping, u0, times) -> Any:
+        """Steps of the classical solver, for `linearise`; the network itself has none."""
+        return self.classical.plan(params, u0, times)
+
+    def grid_error(self, params: Mapping, u0, times, plan: Any) -> torch.Tensor:
+        """Zero (T, z, y, x): the network has no grid."""
+        return torch.zeros(len(self._days(times)), *self.domain.shape, dtype=torch.float64)
+
+    def linearise(self, params: Mapping, u0, times, plan: Any = None) -> Linearised:
+        """The derivative by the whole initial state, by the classical solver."""
+        return self.classical.linearise(params, u0, times, plan)
+
+    @property
+    def classical(self) -> Built:
+        """The same simulation by the classical solver."""
+        if self._classical is None:
+            self._classical = self.solver.classical.build(
+                self.model, self.domain, self.schedule, self.fields, start=self.start
+            )
+        return self._classical
+
+    # Inputs -----------------------------------------------------------------------------------------------------------
+
+    def _rows(self, params: Mapping, u0) -> list[tuple[dict[str, float], np.ndarray]]:
+        """Values and initial state of each of a batch."""
+        values = {n: np.atleast_1d(torch.as_tensor(v).detach().numpy()) for n, v in self.model.complete(params).items()}
+        for name, v in values.items():
+            if v.ndim > 1:
+                raise SolverError(f"PinnSolver: {name} is a field; the network takes numbers. Use bm.TorchSolver().")
+        states = torch.as_tensor(u0).detach().to(torch.float64).numpy()
+        if states.ndim not in (3, 4) or states.shape[-3:] != self.domain.shape:
+            raise SolverError(f"initial state: shape {states.shape}; expected (batch, z, y, x) or (z, y, x) with "
+                              f"(z, y, x) = {self.domain.shape}.")  # fmt: skip
+        if not np.isfinite(states).all():
+            raise SolverError("initial state: it has NaN or infinite values; mend the image or mask them.")
+        states = states.reshape(-1, *self.domain.shape)
+        count = max(len(states), *(len(v) for v in values.values()))
+        if any(n not in (1, count) for n in (len(states), *(len(v) for v in values.values()))):
+            raise SolverError("batch sizes of parameters and initial state differ.")
+        rows = []
+        for i in range(count):
+            one = {n: float(v[i % len(v)]) for n, v in values.items()}
+            self.model.complete(one)  # bounds
+            rows.append((one, states[i % len(states)]))
+        return rows
+
+    def _days(self, times) -> np.ndarray:
+        days = np.atleast_1d(np.asarray(times, float))
+        if days.ndim != 1 or not np.isfinite(days).all() or (np.diff(days) < 0).any() or not self.start <= days[0]:
+            raise SolverError(
+                f"times: expected finite days, increasing and not before day {self.start:g}; found {days.tolist()}."
+            )
+        return days
+
+    @staticmethod
+    def _tau(net: _Net, day: float) -> float:
+        return (day - net.physics.start) / net.physics.span
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def _solve(self, values: dict[str, float], u0: np.ndarray, days: np.ndarray) -> _Net:
+        """The network trained for these values and this start, over a span that holds the days."""
+        span = max(float(days[-1]) - self.start, 1e-6)
+        net = self._net
+        if net is None or net.physics.span < span * (1 - 1e-12):
+            net = self._made(values, u0, span)
+        if net.values == values and net.u0 is not None and np.array_equal(net.u0, u0):
+            return net
+        self._move(net, values, u0)
+        self._net = net
+        return net
+
+    def _made(self, values: dict[str, float], u0: np.ndarray, span: float) -> _Net:
+        """An untrained network for a span of time, its guides at these values."""
+        solver = self.solver
+        physics = Physics(self.model, self.domain, self.schedule, self.start, span)
+        start = u0.reshape(physics.shape)
+        top = float(np.abs(start).max()) or 1.0
+        guides = Guides(physics, values, torch.tensor(coefficients(start)), top)
+        network = Network(physics.metric, solver.frequencies, tuple(solver.hidden), guides.count)
+        count = solver.points or 3 * network.count
+        d = len(physics.shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a Sobol sequence cut short is as good here
+            points = torch.tensor(qmc.Sobol(d + 1, seed=solver.seed).random(2 * count))
+        # More of them near the first and the last day, where a polynomial-like fit is loosest.
+        x, tau = points[:, :d], (1 - torch.cos(torch.pi * points[:, d])) / 2
+        return _Net(
+            physics, network,
+            Residual(physics, network, x[:count], tau[:count], guides),
+            Residual(physics, network, x[count:], tau[count:], guides),
+            Voxels(physics, network, guides),
+            Trained(network.start(solver.seed)),
+        )  # fmt: skip
+
+    def _move(self, net: _Net, values: dict[str, float], u0: np.ndarray) -> None:
+        """Train for other values and another start, from where the network stands if it is trained."""
+        solver = self.solver
+        c = torch.tensor(coefficients(u0.reshape(net.physics.shape)))
+        candidates = self._candidates(net, values) if net.values else []
+        for part in (net.residual, net.fresh):
+            part.hold(values, c)
+        net.voxels.hold(values, c)
+        best: Trained | None = None
+        if candidates:
+            sizes = [_size(net.residual, w) for w in candidates]
+            if np.isfinite(min(sizes)):
+                warm = Trained(candidates[int(np.argmin(sizes))], damping=min(net.trained.damping * 10, DAMPING))
+                best = train(net.residual, warm, solver.rtol, solver.iterations)
+        for turn in range(solver.restarts + 1):
+            if best is not None and best.rms <= FAILED * solver.rtol:
+                break
+            cold = Trained(net.network.start(solver.seed + turn))
+            cold = train(Splitting(net.residual), cold, GUESS, GUESSING)
+            cold = train(net.residual, replace(cold, damping=1e-3), solver.rtol, solver.iterations)
+            best = cold if best is None or cold.rms < best.rms else best
+        assert best is not None
+        if not np.isfinite(best.rms):
+            raise NotFiniteError("PinnSolver: the residual is not finite; the parameters are too extreme.")
+        self.iterations += best.iterations
+        net.trained, net.values, net.u0, net.along = best, values, u0.copy(), {}
+        self.held_out = _size(net.fresh, best.w)
+        if self.progress:
+            self.progress(f"network: residual {best.rms:.1e}, held out {self.held_out:.1e}")
+        if best.rms > FAILED * solver.rtol:
+            warnings.warn(
+                f"PinnSolver: the residual stalled at {best.rms:.1e} of the cell fraction, "
+                f"{best.rms / solver.rtol:.0f} times rtol; raise iterations or hidden, or ask for less.",
+                TrainingWarning,
+                stacklevel=4,
+            )
+
+    @staticmethod
+    def _candidates(net: _Net, values: dict[str, float]) -> list[torch.Tensor]:
+        """The weights, and the weights moved along their tangents, straight in the values or in their logarithms."""
+        w = net.trained.w
+        if not net.along:
+            return [w]
+        straight, curved = w.clone(), w.clone()
+        for name, dw in net.along.items():
+            old, new = net.values[name], values[name]
+            straight = straight + (new - old) * dw
+            curved = curved + (old * np.log(new / old) if old * new > 0 else new - old) * dw
+        return [w, straight, curved]
+
+
+def _size(residual: Residual, w: torch.Tensor) -> float:
+    """Relative root mean square of the residual."""
+    r = residual.value(w)
+    if r is None:
+        return float("inf")
+    return float(r.square().mean().sqrt() / residual.state(w).square().mean().sqrt())
