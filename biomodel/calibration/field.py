@@ -21,8 +21,9 @@ from biomodel.calibration.field_evidence import FieldEvidence, LearnedMatern
 from biomodel.calibration.field_noise import StartNoise
 from biomodel.calibration.field_prior import FieldPrior, Link, Matern, Multiplied
 from biomodel.calibration.field_problem import FieldProblem, maximise
+from biomodel.calibration.field_start import begin, log_evidence
 from biomodel.calibration.fit import Fit
-from biomodel.calibration.lowrank import LowRank, leading, remainder
+from biomodel.calibration.lowrank import LowRank, leading
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.patient import Patient
@@ -197,8 +198,10 @@ def calibrate_field(
     matern = method.prior if isinstance(method.prior, Matern) else method.prior.median
     padding = hyper.length.median if hyper else None
     problem = FieldProblem(model, patient, solver, matern, method.link, method.noise_length, padding)
-    found = maximise(problem, np.zeros(problem.size), method.iterations, method.tolerance, progress)
-    white, steps = found.white, list(found.steps)
+    found, held = begin(
+        problem, solver, method.iterations, method.tolerance, max(method.most // 2, 1), method.seed, progress
+    )
+    white, steps, notes = found.white, list(found.steps), list(patient.notes)
     voxel = min(s for s, n in zip(problem.base.domain.spacing, problem.base.domain.shape, strict=True) if n > 1)
     for _ in range(method.rounds):
         if hyper is None:
@@ -210,18 +213,20 @@ def calibrate_field(
         white = problem.exchange(white, matern)
         if progress:
             progress(f"field: length {matern.length:.3g} mm, sd {matern.sd:.3g}, from {len(evidence.root)} directions")
-        found = maximise(problem, white, method.iterations, method.tolerance, progress, found.largest)
+        try:
+            found = maximise(problem, white, method.iterations, method.tolerance, progress, found.largest, held)
+        except CalibrationError as error:
+            # A wider prior's maximum may need what the solver cannot do; the last one that was found stands.
+            white = problem.exchange(white, before)
+            notes.append(f"The map's length and sd were not set further than {before.length:.3g} mm and "
+                         f"{before.sd:.3g}: {error}")  # fmt: skip
+            break
         white, steps = found.white, [*steps, *found.steps]
         if max(abs(np.log(matern.length / before.length)), abs(np.log(matern.sd / before.sd))) < 0.1:
             break
     linear = problem.linearise(white)
     lowrank = leading(linear.hessian, problem.size, method.floor, method.most, method.seed)
-    rest = remainder(linear.hessian, lowrank, problem.size, seed=method.seed)
-    misfit = float((linear.residual**2 * linear.precision).sum())
-    measured = problem.base.measured[problem.base.rows]
-    spread = problem.variance[measured] / problem.trust[measured]
-    log_likelihood = -0.5 * (misfit + float(np.log(2 * np.pi * spread).sum()))
-    log_evidence = log_likelihood - 0.5 * float(white @ white) - lowrank.information - rest
+    log_likelihood, evidence_found = log_evidence(linear, lowrank, method.seed)
     for _ in range(CENTRINGS if method.pairs else 0):
         moved = centred(linear, lowrank, method.pairs, seed=method.seed, progress=progress)
         if moved is white:
@@ -234,7 +239,12 @@ def calibrate_field(
         problem.base.box, white, lowrank, problem.field, method.link, scalars, problem.noise, tuple(steps),
         method.noise_length, padding,
     )  # fmt: skip
-    notes = list(patient.notes)
+    if hyper is not None and hyper.at_an_end(problem.field.matern):
+        notes.append(
+            f"The map's length ({problem.field.matern.length:.3g} mm) and sd ({problem.field.matern.sd:.3g}) stand at "
+            "the end of what their hyperprior allows: the images ask for more, which a nearly constant map or a model "
+            "that lacks something would do, too. Compare with Laplace()."
+        )
     if not found.converged:
         notes.append(f"The calibration stopped after {len(steps)} steps without converging.")
     if lowrank.products >= method.most:
@@ -252,7 +262,7 @@ def calibrate_field(
         z=problem.decode(white)[0],
         covariance=posterior.covariance,
         log_likelihood=log_likelihood,
-        log_evidence=log_evidence,
+        log_evidence=evidence_found,
         count=problem.base.count,
         iterations=len(steps),
         solves=problem.base.solves,

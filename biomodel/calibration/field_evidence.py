@@ -30,6 +30,9 @@ USABLE = 0.1
 GROUPS = 80
 #: Length and sd change at most by this factor at once: the evidence is that of the problem linearised where it stands.
 STRIDE = 2.0
+#: Length and sd stay within this central share of their hyperpriors: where the evidence pulls further, a nearly
+#: constant map stands in for a wider prior of the level, or takes up what the model does not know.
+INSIDE = 0.99
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,18 @@ class LearnedMatern:
     def reference(self, voxel: float) -> Matern:
         """Rougher and wider than what is likely, but no rougher than two voxels (mm) allow."""
         return Matern(max(self.length.quantile(0.16), 2 * voxel), self.sd.quantile(0.84))
+
+    @property
+    def ends(self) -> tuple[Matern, Matern]:
+        """Least and largest length and sd that are considered."""
+        low, high = (1 - INSIDE) / 2, (1 + INSIDE) / 2
+        return (Matern(self.length.quantile(low), self.sd.quantile(low)),
+                Matern(self.length.quantile(high), self.sd.quantile(high)))  # fmt: skip
+
+    def at_an_end(self, matern: Matern) -> bool:
+        """Whether length or sd stand at the upper end of what is considered."""
+        most = self.ends[1]
+        return bool(matern.length > 0.99 * most.length or matern.sd > 0.99 * most.sd)
 
     def log_density(self, matern: Matern) -> float:
         """Log density of the logarithms of length and sd, up to a constant."""
@@ -118,20 +133,25 @@ class FieldEvidence:
         return -0.5 * float(white @ white) - float(np.log(np.diag(factor)).sum())
 
     def best(self, hyper: LearnedMatern, start: Matern) -> Matern:
-        """Most probable length and sd given the data, at most `STRIDE` from `start`, the length at least two voxels."""
-        least = 2 * min(s for s, n in zip(self.spacing, self.shape, strict=True) if n > 1)
+        """Most probable length and sd given the data, at most `STRIDE` from `start`, within the hyperpriors' `ends`.
+
+        The length is at least two voxels, and at most the longest side of the box: a longer one cannot be seen.
+        """
+        voxel = min(s for s, n in zip(self.spacing, self.shape, strict=True) if n > 1)
+        side = max(s * n for s, n in zip(self.spacing, self.shape, strict=True))
+        least, most = hyper.ends
+        low = np.log([max(least.length, 2 * voxel), least.sd])
+        high = np.maximum(np.log([min(most.length, side), most.sd]), low)
+        begin = np.clip(np.log([start.length, start.sd]), low, high)
 
         def at(x: np.ndarray) -> Matern:
-            return Matern(max(float(np.exp(x[0])), least), float(np.exp(x[1])))
+            return Matern(*np.exp(np.clip(x, low, high)).tolist())
 
         def cost(x: np.ndarray) -> float:
-            matern = at(x)
-            beyond = max(np.log(least) - x[0], 0.0)
-            return -(self(matern) + hyper.log_density(matern)) + 100 * beyond**2
+            matern, beyond = at(x), x - np.clip(x, low, high)
+            return -(self(matern) + hyper.log_density(matern)) + 100 * float(beyond @ beyond)
 
-        begin = np.log([start.length, start.sd])
         simplex = np.array([begin, begin + [0.4, 0.0], begin + [0.0, -0.5]])
         found = minimize(cost, begin, method="Nelder-Mead",
                          options={"initial_simplex": simplex, "xatol": 0.02, "fatol": 0.02, "maxfev": 120})  # fmt: skip
-        near = np.clip(found.x, begin - np.log(STRIDE), begin + np.log(STRIDE))
-        return at(near)
+        return at(np.clip(found.x, begin - np.log(STRIDE), begin + np.log(STRIDE)))

@@ -5,7 +5,7 @@ Unknowns are whitened by their prior: scalars first, then the field, then the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -290,10 +290,12 @@ def maximise(
     tolerance: float,
     progress: Callable[[str], None] | None = None,
     largest: float = 0.0,
+    held: Sequence[int] | np.ndarray = (),
 ) -> Maximum:
     """Maximum of the posterior by Gauss-Newton steps, each solved with conjugate gradients.
 
-    It ends where the gradient has fallen to `tolerance` times its largest so far, which starts from `largest`.
+    It ends where the gradient has fallen to `tolerance` times its largest so far, which starts from `largest`. Unknowns
+    that are `held` stay where they start.
 
     Raises
     ------
@@ -305,7 +307,7 @@ def maximise(
         problem.objective(white)
     except SolverError as error:
         raise CalibrationError(f"the model cannot be evaluated where the search starts: {error}") from error
-    first = largest
+    first, index = largest, np.asarray(held, int)
     steps: list[int] = []
     for turn in range(iterations):
         linear = problem.linearise(white)
@@ -313,6 +315,7 @@ def maximise(
         linear = replace(linear)  # with the new weights
         value = problem.objective(white)
         gradient = linear.gradient()
+        gradient[index] = 0.0
         size = float(np.linalg.norm(gradient))
         first = max(first, size)
         if progress:
@@ -320,7 +323,13 @@ def maximise(
                      "largest")  # fmt: skip
         if size <= tolerance * first:
             return Maximum(white, tuple(steps), True, first)
-        step, products = conjugate_gradients(linear.hessian, -gradient, min(0.1, np.sqrt(size / first)))
+
+        def product(x: np.ndarray, linear: FieldLinear = linear) -> np.ndarray:
+            found = linear.hessian(x)
+            found[index] = 0.0
+            return found
+
+        step, products = conjugate_gradients(product, -gradient, min(0.1, np.sqrt(size / first)))
         steps.append(products)
         # Far from the optimum no unknown moves by more than three prior standard deviations at once.
         step *= min(1.0, 3.0 / max(float(np.abs(step[: problem.p]).max()), 1e-12))

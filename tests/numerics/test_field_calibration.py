@@ -1,5 +1,6 @@
 """The growth rate as a map: derivatives of the posterior, and calibrations that run through to a forecast."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from biomodel.calibration.field import FieldLaplace
 from biomodel.calibration.field_check import check_field
 from biomodel.calibration.field_evidence import LearnedMatern
 from biomodel.calibration.field_prior import Added, Matern, Multiplied
-from biomodel.calibration.field_problem import FieldProblem
+from biomodel.calibration.field_problem import FieldProblem, maximise
 from biomodel.errors import CalibrationError
 from biomodel.terms import TissueDiffusion
 from biomodel.virtual import Breast, Matched, small_patient, virtual_patient
@@ -114,6 +115,39 @@ def test_uniform_truth_stays_uniform(known, model):
 
 
 @pytest.mark.slow
+def test_the_maximum_with_more_mass_is_taken():
+    """Here the joint density is highest far off, where cells divide and die eight times as fast as they do."""
+    plan = bm.Schedule.weekly("paclitaxel", 1.4, 6, 80.0, "mg/m^2", status="planned")
+    virtual = small_patient(5, regimen=plan, visit_days=(0.0, 19.0, 41.0))
+    known, told = virtual.patient.until(2), []
+    described = with_drugs(known)
+    fit = bm.calibrate(described, known, method=FieldLaplace(), progress=told.append)
+    first, last = (float(n) for n in re.findall(r"log evidence (\S+) .*, (\S+) near", " ".join(told))[0])
+    assert last > first + 50
+    plain = bm.calibrate(described, known)
+    rows = {row["name"]: row for row in fit.table()}
+    for name in described.free:
+        assert rows[name]["low"] < plain.values[name] < rows[name]["high"]
+    assert rows["diffusion.D"]["low"] < virtual.parameters["diffusion.D"] < rows["diffusion.D"]["high"]
+    problem = FieldProblem(described, known, bm.TorchSolver(), Matern(), Multiplied())
+    free = maximise(problem, np.zeros(problem.size), 20, 1e-3)
+    values = dict(zip(problem.base.names, problem.decode(free.white)[0], strict=True))
+    assert np.exp(values["growth.k"]) > 5 * virtual.parameters["growth.k"]
+
+
+def test_held_unknowns_stay_where_they_start(slice_of):
+    known = slice_of.patient.until(2)
+    problem = FieldProblem(with_drugs(known), known, bm.TorchSolver(), Matern(10.0, 0.3), Multiplied())
+    white = np.zeros(problem.size)
+    white[:2] = 0.4, -0.3
+    found = maximise(problem, white, 10, 1e-3, held=[0, 1])
+    np.testing.assert_array_equal(found.white[:2], [0.4, -0.3])
+    gradient = problem.linearise(found.white).gradient()
+    assert np.abs(gradient[2:]).max() < 0.05 * np.abs(gradient[:2]).max()
+    assert np.abs(found.white[2:]).max() > 0.01
+
+
+@pytest.mark.slow
 def test_tissues_field_and_start_together(slice_of):
     known = slice_of.patient.until(3)
     fit = bm.calibrate(with_drugs(known, TissueDiffusion()), known, method=FieldLaplace())
@@ -131,6 +165,7 @@ def test_tissues_field_and_start_together(slice_of):
 
 def refined(patient, factor: int):
     """The same patient on smaller voxels, each with what was seen in the larger one."""
+
     def split(values):
         for axis in (1, 2):
             values = np.repeat(values, factor, axis)
