@@ -12,7 +12,8 @@ import xarray as xr
 
 from biomodel.calibration.field_prior import Link
 from biomodel.calibration.fit import Fit
-from biomodel.calibration.images import InitialState, computing_box, field_maps, start_noise
+from biomodel.calibration.images import computing_box, field_maps
+from biomodel.calibration.initial_state import InitialState, start_noise
 from biomodel.calibration.volumes import VolumeModel, VolumeNoise, measured
 from biomodel.errors import InputError, NotFiniteError, SolverError
 from biomodel.observation import longest_diameter, observe

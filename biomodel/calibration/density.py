@@ -31,7 +31,8 @@ import torch
 from scipy.linalg import cho_factor, cho_solve
 
 from biomodel.calibration.gaussnewton import GaussianPrior, Optimum, limits_of
-from biomodel.calibration.images import ImageProblem, shift_name
+from biomodel.calibration.images import ImageProblem
+from biomodel.calibration.initial_state import shift_name
 from biomodel.calibration.volumes import VolumeProblem, t_constant
 from biomodel.errors import SolverError
 

@@ -22,28 +22,17 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from biomodel.calibration.discrepancy import blocks_of, edge_groups, inflation, weights
-from biomodel.calibration.field_noise import StartNoise
+from biomodel.calibration.image_weights import Weights
+from biomodel.calibration.initial_state import InitialState, shift_name, shift_parameter, start_noise
 from biomodel.calibration.placement import Outline, Placement
-from biomodel.domain import Domain
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
 from biomodel.observation import Seen, observe
-from biomodel.parameters import LogNormal, Normal, Parameter
+from biomodel.parameters import Normal, Parameter
 from biomodel.patient import Patient
 from biomodel.solvers.base import Built, Solver
 from biomodel.treatments import Jump, Kill
-from biomodel.visit import CellularitySettings
 
-HALO = Parameter(
-    "halo", "mm", LogNormal(0.7, 0.5), (0.1, 20.0),
-    "a working value: sharp edges of a tumour before treatment; up to sqrt(D / k) in the foot of a travelling front",
-    "length over which cells outside the visible region fall off",
-)  # fmt: skip
-LEVEL = Parameter(
-    "level", "1", LogNormal(0.4, 0.5), (0.01, 1.0),
-    "weak: the cell fraction of a region without an ADC map is not measured",
-    "cell fraction inside the first region",
-)  # fmt: skip
 #: Halving the voxels removes three quarters of the error of a second-order scheme, so the whole error would be 4/3 of
 #: the change if the start were known inside the voxels. It is not, and tumour fronts are hardly wider than voxels: the
 #: factor is taken between none and 4/3 (two standard deviations either way).
@@ -60,8 +49,6 @@ SUPPORT = 20.0
 NEIGHBOURHOOD = 12.0
 #: Least standard deviation of a voxel's cell fraction: no model is nearer than that to any tissue.
 LEAST_SD = 0.005
-#: Least distance over which the tumour's cells rise from its edge to what is read, mm.
-LEAST_RISE = 0.1
 #: Relative tolerance of the runs that carry noise from the initial state to the residuals' weights.
 ROUGH = 0.02
 
@@ -93,153 +80,6 @@ def field_maps(model: ReactionDiffusion, patient: Patient) -> dict[str, np.ndarr
             )
         found["drug_map"] = maps[0]
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class InitialState:
-    """Initial cell fraction as a function of its few parameters, on a cropped grid.
-
-    u0 = fraction - shift cv response inside the region (or `level` without ADC), visible exp(-distance / halo)
-    outside. Where the outline's edge is not exactly known, voxels nearer to it than that are not read as tumour's: they
-    may hold healthy tissue, in part or as a whole. The tumour then ends at the offset from the drawn edge, with the
-    visible fraction there by definition, and rises from it in a straight line to the nearest voxel that is read.
-    """
-
-    seen: Seen
-    visible: float
-    cv: float
-    distance: np.ndarray
-    mask: np.ndarray
-    base: np.ndarray
-    outline: Outline | None = None
-    anchor: np.ndarray | None = None
-
-    @classmethod
-    def of(
-        cls, seen: Seen, visible: float, cv: float, domain: Domain, settings: CellularitySettings | None = None
-    ) -> InitialState:
-        # From the region's edge, which lies half a voxel beyond the last voxel's centre.
-        steps = [s for s, n in zip(domain.spacing, domain.shape, strict=True) if n > 1]
-        distance = distance_transform_edt(~seen.region, sampling=domain.spacing) - 0.5 * min(steps, default=0.0)
-        base = np.zeros(domain.shape) if seen.fraction is None else np.maximum(seen.fraction, 0.0) * seen.region
-        outline, anchor = Outline.of(seen, domain.spacing, settings), None
-        if outline is not None:
-            base, seen, anchor = _continued(base, seen, outline, domain)
-        return cls(seen, visible, cv, np.maximum(distance, 0.0), domain.mask, base, outline, anchor)
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        if self.seen.fraction is None:
-            known: tuple[Parameter, ...] = (HALO, LEVEL)
-        else:
-            known = (HALO, _shift(self.seen.number)) if self.cv else (HALO,)
-        return known if self.outline is None else known + self.outline.unknowns
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"initial.{p.name}" if p in (HALO, LEVEL) else p.name for p in self.parameters)
-
-    def state(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """Initial states (batch, z, y, x) for parameter values (batch,)."""
-        halo = np.reshape(values["initial.halo"], (-1, 1, 1, 1))
-        if self.outline is not None:
-            depth, share = self._edge(values)
-            outside = self.visible * np.exp(np.minimum(depth, 0.0) / halo)
-            return (outside + share * (self._inside(values) - self.visible)) * self.mask
-        outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
-        return outside + self._inside(values)
-
-    def _inside(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """Cell fraction of the tumour (batch, z, y, x); 0 outside the region, unless that is continued."""
-        if self.seen.fraction is None:
-            level = np.reshape(values["initial.level"], (-1, 1, 1, 1))
-            return level * (self.seen.region if self.outline is None else np.ones(self.mask.shape))
-        shift = np.reshape(values.get(shift_name(self.seen.number), np.zeros(1)), (-1, 1, 1, 1))
-        assert self.seen.response is not None
-        return self.base - shift * self.cv * self.seen.response
-
-    def _edge(self, values: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Depth of voxels below the tumour's edge, mm, and how far they rise to what is read, (batch, z, y, x) each."""
-        assert self.outline is not None and self.anchor is not None
-        offset = self.outline.offset(values)
-        depth = offset - self.outline.distance
-        # Where the voxel that is read lies beyond the edge itself, nothing rises.
-        whole = np.maximum(offset - self.anchor, LEAST_RISE)
-        return depth, np.clip(depth / whole, 0.0, 1.0)
-
-    def sure(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """Voxels that were read as tumour and lie within its edge, bool (batch or 1, z, y, x)."""
-        if self.outline is None:
-            return self.seen.region[None]
-        return np.asarray(self.outline.sure & (self._edge(values)[0] >= 0.0))
-
-    def derivatives(self, values: dict[str, float]) -> list[np.ndarray]:
-        """Derivative of the state by each of `names`, (z, y, x) each."""
-        halo = values["initial.halo"]
-        if self.outline is not None:
-            return self._edged_derivatives(values, halo)
-        outside = self.visible * np.exp(-self.distance / halo) * (self.mask & ~self.seen.region)
-        found = [outside * self.distance / halo**2]
-        if self.seen.fraction is None:
-            found.append(self.seen.region.astype(float))
-        elif self.cv:
-            assert self.seen.response is not None
-            found.append(-self.cv * self.seen.response)
-        return found
-
-    def _edged_derivatives(self, values: dict[str, float], halo: float) -> list[np.ndarray]:
-        assert self.outline is not None
-        batch = {n: np.array([v]) for n, v in values.items()}
-        depths, shares = self._edge(batch)
-        depth, share = depths[0], shares[0]
-        outside = self.visible * np.exp(np.minimum(depth, 0.0) / halo)
-        found = [outside * -np.minimum(depth, 0.0) / halo**2]
-        if self.seen.fraction is None:
-            found.append(share)
-        elif self.cv:
-            assert self.seen.response is not None
-            found.append(-self.cv * self.seen.response * share)
-        assert self.anchor is not None
-        offset = self.outline.offset(batch)[0]
-        whole = np.maximum(offset - self.anchor, LEAST_RISE)
-        rising = (share > 0) & (share < 1)
-        slope = np.where(rising, 1 / whole - np.where(whole > LEAST_RISE, depth / whole**2, 0.0), 0.0)
-        by_offset = slope * (self._inside(batch)[0] - self.visible) + outside / halo * (depth < 0)
-        found += [by_offset * mode for mode in self.outline.modes.values()]
-        return [d * self.mask for d in found]
-
-
-def _continued(base: np.ndarray, seen: Seen, outline: Outline, domain: Domain) -> tuple[np.ndarray, Seen, np.ndarray]:
-    """Measured fraction and its response of the nearest voxel that is read, and how far that lies from the drawn edge.
-
-    Noise is that of voxels that are read.
-    """
-    read = outline.sure
-    nearest = distance_transform_edt(~read, sampling=domain.spacing, return_distances=False, return_indices=True)
-    index = tuple(nearest)
-    response = None if seen.response is None else seen.response[index]
-    sd = None if seen.sd is None else seen.sd * read
-    return base[index] * domain.mask, replace(seen, response=response, sd=sd), outline.distance[index]
-
-
-def start_noise(seen: Seen, domain: Domain, settings: CellularitySettings | None) -> StartNoise | None:
-    """Noise of the first visit's cell fraction, where it is correlated; None where voxels are independent."""
-    if settings is None or not settings.noise_length_mm or seen.sd is None:
-        return None
-    return StartNoise(seen.sd * seen.region, domain.spacing, settings.noise_length_mm)
-
-
-def shift_name(number: int) -> str:
-    """Name of a visit's shared ADC shift."""
-    return f"adc_shift.visit{number}"
-
-
-def _shift(number: int) -> Parameter:
-    return Parameter(
-        shift_name(number), "1", Normal(0.0, 1.0), (-6.0, 6.0),
-        "repeatability of ADC, Newitt et al. 2019, doi:10.1002/jmri.26539",
-        f"relative ADC error shared by visit {number}, in units of the repeatability's CV",
-    )  # fmt: skip
 
 
 def _telling(seen: Seen, visible: float) -> np.ndarray:
@@ -292,7 +132,8 @@ class ImageProblem:
             model, self.domain, patient.schedule, fields, start=self.days[0]
         )
         nuisance = list(zip(self.initial.names, self.initial.parameters, strict=True))
-        nuisance += [(shift_name(s.number), _shift(s.number)) for s in self.later if s.fraction is not None and self.cv]
+        later = [s.number for s in self.later if s.fraction is not None and self.cv]
+        nuisance += [(shift_name(n), shift_parameter(n)) for n in later]
         if np.prod(self.domain.shape) <= REFINABLE:
             nuisance.append(("grid.error", GRID))
         self._rows()
@@ -527,126 +368,6 @@ def _slope(parameter: Parameter, z: float) -> float:
     step = 1e-5
     prior = parameter.prior
     return (float(prior.to_value(z + step)) - float(prior.to_value(z - step))) / (2 * step)
-
-
-class Weights:
-    """Products with the inverse of C = R + J R0 J' on the n residuals that count, whose indices are `active`.
-
-    Without `exact` the voxel noise of the initial state is taken as if it were carried on without smoothing, which
-    needs no solves.
-    """
-
-    def __init__(
-        self, problem: ImageProblem, params, u0, times, active: np.ndarray, exact: bool, values: dict[str, float]
-    ):
-        self.problem, self.active, self.values = problem, active, values
-        self.where = np.flatnonzero(problem.rows)[active]
-        variance, trust = problem.variance[active], problem.trust[active]
-        self.variance = variance / trust
-        noisy = bool(problem.initial_variance.any())
-        exact = exact and noisy
-        self.linear = problem.rough.linearise(params, u0, times, plan=problem.coarse_plan) if exact else None
-        if noisy and not exact:
-            self.variance = (variance + problem.spread[active]) / trust
-
-    def _scatter(self, x: np.ndarray) -> torch.Tensor:
-        full = np.zeros((len(x), 1, self.problem.rows.size))
-        full[:, 0, self.where] = x
-        full = full.reshape(len(x), 1, *self.problem.rows.shape)
-        if self.problem.placement.active:
-            full = self.problem.placement.back(full, self.values)
-        return torch.tensor(full)
-
-    def pulled(self, x: np.ndarray) -> np.ndarray:
-        """R0 J' x: (m, n) to (m, z, y, x)."""
-        pulled = self.carried_back(x)
-        noise = self.problem.start_noise
-        if noise is None:
-            return pulled * self.problem.initial_variance
-        return np.stack([noise.root(noise.transpose(one)) for one in pulled])
-
-    def carried_back(self, x: np.ndarray) -> np.ndarray:
-        """J' x: (m, n) to (m, z, y, x)."""
-        assert self.linear is not None
-        self.problem.solves += len(x)
-        return np.asarray(self.linear.pull(self._scatter(x))[:, 0].cpu().numpy())
-
-    def carried(self, update: np.ndarray) -> np.ndarray:
-        """J update, (n,)."""
-        if self.linear is None:
-            return np.zeros(len(self.active))
-        return self._pushed(update[None])[0]
-
-    def _pushed(self, x: np.ndarray) -> np.ndarray:
-        """J x: (m, z, y, x) to (m, n)."""
-        assert self.linear is not None
-        pushed = self.linear.push(torch.tensor(x[:, None]))[:, 0].cpu().numpy()
-        return self.problem.seen(pushed, self.values).reshape(len(x), -1)[:, self.where]
-
-    def covariance(self, x: np.ndarray) -> np.ndarray:
-        """C x for rows of x, (m, n)."""
-        assert self.linear is not None
-        self.problem.solves += len(x)
-        return self.variance * x + self._pushed(self.pulled(x))
-
-    def solve(self, b: np.ndarray, rtol: float = 1e-3, limit: int = 60) -> np.ndarray:
-        """C^-1 b for rows of b, (m, n), by conjugate gradients preconditioned with R."""
-        if self.linear is None:
-            return b / self.variance
-        x = b / self.variance * 0.5
-        r = b - self.covariance(x)
-        z = r / self.variance
-        p, rz = z.copy(), np.sum(r * z, 1)
-        goal = rtol**2 * np.maximum(np.sum(b * b / self.variance, 1), 1e-300)
-        for _ in range(limit):
-            if np.all(np.sum(r * r / self.variance, 1) <= goal):
-                return x
-            cp = self.covariance(p)
-            step = rz / np.maximum(np.sum(p * cp, 1), 1e-300)
-            x += step[:, None] * p
-            r -= step[:, None] * cp
-            z = r / self.variance
-            new = np.sum(r * z, 1)
-            p = z + (new / np.maximum(rz, 1e-300))[:, None] * p
-            rz = new
-        return x
-
-    def log_determinant(self, probes: int = 6, steps: int = 12) -> float:
-        """log det C over the measured rows, by stochastic Lanczos quadrature beyond the diagonal R.
-
-        Ubaru, Chen and Saad 2017, SIAM J Matrix Anal Appl 38:1075, doi:10.1137/16M1104974.
-        """
-        measured = self.problem.sign[self.active] == 0
-        total = float(np.log(self.variance[measured]).sum())
-        if self.linear is None or not measured.any():
-            return total
-        root = np.sqrt(self.variance)
-        rng = np.random.default_rng(0)
-        v = rng.choice([-1.0, 1.0], (probes, len(root))) * measured
-        n = float(measured.sum())
-        v /= np.sqrt(n)
-        alpha, beta, basis = [], [], [v]
-        previous, b = np.zeros_like(v), np.zeros(probes)
-        for _ in range(steps):
-            w = self.covariance(v / root) / root * measured - b[:, None] * previous
-            a = np.sum(w * v, 1)
-            w -= a[:, None] * v
-            for q in basis:  # full reorthogonalisation: few steps, short vectors in number
-                w -= np.sum(w * q, 1)[:, None] * q
-            b = np.linalg.norm(w, axis=1)
-            alpha.append(a)
-            beta.append(b)
-            if np.all(b < 1e-10):
-                break
-            previous, v = v, w / np.maximum(b, 1e-300)[:, None]
-            basis.append(v)
-        estimate = 0.0
-        for m in range(probes):
-            diagonal, off = [a[m] for a in alpha], [c[m] for c in beta[:-1]]
-            matrix = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
-            eigenvalues, vectors = np.linalg.eigh(matrix)
-            estimate += n * float(np.sum(vectors[0] ** 2 * np.log(np.maximum(eigenvalues, 1e-12)))) / probes
-        return total + estimate
 
 
 @dataclass(eq=False)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import biomodel as bm
-from biomodel.calibration.images import ImageProblem, InitialState
+from biomodel.calibration.images import ImageProblem
+from biomodel.calibration.initial_state import InitialState
 from biomodel.calibration.placement import Placement, signed_distance
 from biomodel.errors import InputError
 from biomodel.observation import Seen, observe
