@@ -107,8 +107,9 @@ def _sheet(path: Path, name: str | int = 0) -> pd.DataFrame:
 def ispy2(folder: Path | str, visits: int = 4) -> Table:
     """I-SPY 2: clinical record, and MRI features of the first visits, with pCR as outcome.
 
-    Volumes (cm³) enter as log(V + 0.05), longest diameters (cm) as log(d + 0.5), background enhancement (%) as its
-    logarithm, each also as its change since the first visit.
+    Volumes (cm³) enter as log(V + 0.05), longest diameters (cm) as log(d + 0.1) and as whether there was none to
+    measure, background enhancement (%) as its logarithm, sphericity as it is. `change` is the difference of these
+    logarithms to the first visit, `percent` the change in percent of what was measured, cut at 150.
 
     Parameters
     ----------
@@ -139,13 +140,18 @@ def ispy2(folder: Path | str, visits: int = 4) -> Table:
     }
     measured = {
         "volume": [np.log(both[f"VOLUME_TUM_BLU_V{k + 1}0"] + 0.05) for k in range(visits)],
-        "diameter": [np.log(both[f"LD_T{k}"] + 0.5) for k in range(visits)],
+        "diameter": [np.log(both[f"LD_T{k}"] + 0.1) for k in range(visits)],
         "sphericity": [both[f"SPHERICITY_T{k}"] for k in range(visits)],
         "enhancement": [np.log(both[f"BPE_5slice_mean_T{k}"].clip(lower=1.0)) for k in range(visits)],
     }
     for group, values in measured.items():
         found[group] = {f"{group} T{k}": value for k, value in enumerate(values)}
-        found[group] |= {f"{group} T{k} change": values[k] - values[0] for k in range(1, visits)}
+        later = range(1, visits)
+        if group in ("volume", "diameter"):
+            found[group] |= {f"{group} T{k} change": values[k] - values[0] for k in later}
+        percent = {"volume": "FTV", "diameter": "LD", "sphericity": "Sphericity", "enhancement": "BPE"}[group]
+        found[group] |= {f"{group} T{k} percent": both[f"{percent}_pch_T0_T{k}"].clip(-100, 150) for k in later}
+    found["diameter"] |= {f"diameter T{k} none": both[f"LD_T{k}"] == 0 for k in range(1, visits)}
     X = pd.DataFrame({name: column for columns in found.values() for name, column in columns.items()}).astype(float)
     X.index = pd.Index(both.Patient_ID, name="patient")
     return Table(
