@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLE := build/example
-NOTEBOOKS := forecast
+NOTEBOOKS := forecast uncertainty
 
 # Real data for tests and examples; whatever needs them is skipped, with its reason, where they are absent.
 TUMORCAST_DATA ?= $(abspath $(wildcard ../shared/data))

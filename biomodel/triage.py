@@ -172,8 +172,9 @@ def ended_and_taught(fit: Fit) -> Sequence[Finding]:
     ended = Finding("Did the calibration end well?", USABLE, "It converged.")
     if not fit.converged:
         ended = Finding(ended.question, REVIEW, f"It stopped after {fit.iterations} iterations without converging.")
-    taught = Finding("Did the data teach anything?", USABLE, f"They informed {', '.join(fit.identified)}.")
-    if not fit.identified:
+    learned = [n for n in fit.identified if n in fit.model.free]
+    taught = Finding("Did the data teach anything?", USABLE, f"They informed {', '.join(learned)}.")
+    if not learned:
         taught = Finding(taught.question, REVIEW, "No parameter is much better known than before: the forecast is "
                          "that for patients in general.")  # fmt: skip
     return ended, taught

@@ -160,7 +160,7 @@ def posterior_page(fit: Fit, check: PredictiveCheck | None = None) -> Section:
         )
         blocks += [Text(told), Picture.of(correlations(fit), "Correlation of each pair of parameters in the posterior. "
                                           "Near 1 or −1 only the two together are known.", told)]  # fmt: skip
-    blocks += [Text(note, "note") for note in fit.notes]
+    blocks += _notes(fit.notes, fit)
     if fit.samples is not None and fit.samples.chains is not None:
         blocks.append(_chains(fit, fit.samples.chains))
     if check is not None:
@@ -178,6 +178,11 @@ def _chains(fit: Fit, chains: Chains) -> Table:
         "as much.",
         ("parameter", "R-hat", "effective size", "of the tails"), rows,
     )  # fmt: skip
+
+
+def _notes(notes: tuple[str, ...], fit: Fit) -> list[Text]:
+    """Notes that do not stand elsewhere in the report, where those of the patient do."""
+    return [Text(note, "note") for note in notes if note not in (*fit.patient.notes, NOT_ADVICE)]
 
 
 def _together(fit: Fit) -> list[str]:
@@ -240,7 +245,7 @@ def stages_page(found: Stages) -> Section:
         "Share of the variance by stage, with 90 % intervals from the finite number of draws. Known alone: what would "
         "go if this error, and nothing else, became known.",
         ("stage", "share", "90 % interval", "known alone"),
-        tuple((r.label, percent(max(r.contribution, 0.0)), f"{100 * r.low:.0f} to {100 * r.high:.0f} %",
+        tuple((r.label, percent(max(r.contribution, 0.0)), f"{round(100 * r.low) + 0} to {round(100 * r.high) + 0} %",
                percent(max(r.first, 0.0))) for r in rows),
     )  # fmt: skip
     blocks: list[Block] = [
@@ -253,7 +258,7 @@ def stages_page(found: Stages) -> Section:
     ]  # fmt: skip
     if found.absent:
         blocks.append(Listing(tuple(f"{LABELS[n]}: {why}" for n, why in found.absent.items())))
-    blocks += [Text(note, "note") for note in found.notes]
+    blocks += _notes(found.notes, found.fits[0])
     return Section("Where the uncertainty comes from", tuple(blocks))
 
 
@@ -349,6 +354,6 @@ def decision_page(found: Decision) -> Section:
         Table(f"Pairs, draw by draw: probability that the first leaves fewer {what}, its Monte-Carlo error, and first "
               "over second.",
               ("pair", "probability", "error", "ratio (90 %)"), pairs),
-        *(Text(note, "note") for note in found.notes),
+        *_notes(found.notes, found.fit),
     ]  # fmt: skip
     return Section("Which regimen?", tuple(blocks))

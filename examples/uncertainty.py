@@ -15,6 +15,7 @@
 # -->
 
 # %%
+# %matplotlib inline
 import os
 import tempfile
 from pathlib import Path
@@ -105,7 +106,7 @@ rate_maps(mapped)
 
 # %%
 course = TreatmentError(intensity_cv=0.1, missed=0.05, delay_sd=2.0)
-found = bm.stages(fit, until=end, draws=100, seed=0, treatment=course)
+found = bm.stages(fit, until=end, draws=200, seed=0, treatment=course)
 stages_figure(found)
 
 # %% [markdown]

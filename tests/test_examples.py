@@ -14,8 +14,12 @@ FAST = {"03_read_your_own_nifti_folder.py", "05_quantify_one_visit.py", "volumes
 LIMIT = 60
 
 
+#: Forty patients take minutes; executed as a notebook below.
+LONG = {"uncertainty.py"}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SCRIPTS]
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SCRIPTS if name not in LONG]
 )
 def test_example(name, tmp_path, monkeypatch, capsys):
     plt = pytest.importorskip("matplotlib.pyplot")
@@ -46,13 +50,15 @@ def test_examples_are_numbered_and_in_percent_format():
 
 
 @pytest.mark.slow
-def test_the_notebook_executes_and_results_show_themselves(monkeypatch):
+@pytest.mark.parametrize(("name", "tables", "pictures"), [("forecast", 7, 2), ("uncertainty", 6, 6)])
+def test_notebooks_execute_and_results_show_themselves(name, tables, pictures, monkeypatch, tmp_path):
+    monkeypatch.setenv("TUMORCAST_EXAMPLES", str(tmp_path))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures show themselves through the kernel's own
     jupytext = pytest.importorskip("jupytext")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    notebook = jupytext.read(EXAMPLES / "forecast.py")
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    notebook = jupytext.read(EXAMPLES / f"{name}.py")
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     shown = [out.data for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs if "data" in out]
-    assert sum("text/html" in data for data in shown) >= 7
-    assert sum("image/png" in data for data in shown) == 2
+    assert sum("text/html" in data for data in shown) >= tables
+    assert sum("image/png" in data for data in shown) == pictures

@@ -152,9 +152,12 @@ def test_a_forecast_that_holds_response_and_progression_says_nothing():
 
 
 def test_a_calibration_that_ended_badly_or_taught_nothing_is_reviewed():
-    good = SimpleNamespace(converged=True, identified=("growth.k",), iterations=5)
+    model = SimpleNamespace(free=("growth.k", "diffusion.D"))
+    good = SimpleNamespace(converged=True, identified=("growth.k", "adc_shift.visit2"), iterations=5, model=model)
     assert [f.verdict for f in ended_and_taught(good)] == [USABLE, USABLE]
-    bad = SimpleNamespace(converged=False, identified=(), iterations=60)
+    assert ended_and_taught(good)[1].reason == "They informed growth.k."
+    # To know an error of the scanner is not to know the tumour.
+    bad = SimpleNamespace(converged=False, identified=("adc_shift.visit2",), iterations=60, model=model)
     ended, taught = ended_and_taught(bad)
     assert (ended.verdict, taught.verdict) == (REVIEW, REVIEW)
     assert "60 iterations" in ended.reason
