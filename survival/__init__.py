@@ -6,15 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from survival.calibration import (
+        ConformalSets,
+        Costs,
+        Isotonic,
+        SensitivityFloor,
+        SpecificityFloor,
+        Temperature,
+        VennAbers,
+    )
     from survival.curves import Curves, predict_curves
     from survival.hazard import AFT, Boosting, Cox, DiscreteHazard, ElasticCox, Forest, Head
     from survival.networks import DeepCox, DeepHazard
     from survival.outcome import follow_up
+    from survival.pcr import Calibrated, LateFusion, Mixture
+    from survival.splits import LeaveOut, PatientFolds, check_split, out_of_fold
     from survival.stacking import Stacked
 
 __all__ = [
     "AFT",
     "Boosting",
+    "Calibrated",
+    "ConformalSets",
+    "Costs",
     "Cox",
     "Curves",
     "DeepCox",
@@ -23,16 +37,38 @@ __all__ = [
     "ElasticCox",
     "Forest",
     "Head",
+    "Isotonic",
+    "LateFusion",
+    "LeaveOut",
+    "Mixture",
+    "PatientFolds",
+    "SensitivityFloor",
+    "SpecificityFloor",
     "Stacked",
+    "Temperature",
+    "VennAbers",
+    "check_split",
     "follow_up",
+    "out_of_fold",
     "predict_curves",
 ]
 
 _MODULES = {
+    "calibration": (
+        "ConformalSets",
+        "Costs",
+        "Isotonic",
+        "SensitivityFloor",
+        "SpecificityFloor",
+        "Temperature",
+        "VennAbers",
+    ),
     "curves": ("Curves", "predict_curves"),
     "hazard": ("AFT", "Boosting", "Cox", "DiscreteHazard", "ElasticCox", "Forest", "Head"),
     "networks": ("DeepCox", "DeepHazard"),
     "outcome": ("follow_up",),
+    "pcr": ("Calibrated", "LateFusion", "Mixture"),
+    "splits": ("LeaveOut", "PatientFolds", "check_split", "out_of_fold"),
     "stacking": ("Stacked",),
 }
 _HOME = {name: f"survival.{module}" for module, names in _MODULES.items() for name in names}

@@ -163,6 +163,8 @@ def ispy2(folder: Path | str, visits: int = 4) -> Table:
 def ispy1(folder: Path | str, at_surgery: bool = False) -> Table:
     """I-SPY 1 (ACRIN 6657): clinical record and longest diameters at four visits, with recurrence-free survival (days).
 
+    Diameters (mm) enter as log(d + 5), as changes of that since the first visit, and as the mean of those measured.
+
     Parameters
     ----------
     folder : path
@@ -187,7 +189,8 @@ def ispy1(folder: Path | str, at_surgery: bool = False) -> Table:
             "bilateral": both.BilateralCa,
         },
         "diameter": {f"diameter {k + 1}": d for k, d in enumerate(diameter)}
-        | {f"diameter {k + 1} change": diameter[k] - diameter[0] for k in (1, 2, 3)},
+        | {f"diameter {k + 1} change": diameter[k] - diameter[0] for k in (1, 2, 3)}
+        | {"diameter mean": pd.concat(diameter, axis=1).mean(axis=1)},
     }  # fmt: skip
     if at_surgery:
         found["pathology"] = {"pCR": both.PCR, "RCB class": both.RCBClass}

@@ -242,6 +242,17 @@ def duplicates(X: Any) -> list[tuple[int, int]]:
 def check_split(train: ArrayLike, test: ArrayLike, X_train: Any = None, X_test: Any = None) -> None:
     """Refuse a split in which a patient is on both sides, by name or (with the tables) by the same numbers.
 
+    Parameters
+    ----------
+    train, test : array-like
+        Names of the patients.
+    X_train, X_test : DataFrame or array-like, optional
+        Their covariates, with the same columns in the same order.
+
+    Returns
+    -------
+    None
+
     Raises
     ------
     InputError
@@ -287,6 +298,11 @@ def out_of_fold(
     Returns
     -------
     ndarray, shape (repeats, n) or (repeats, n, T)
+
+    Raises
+    ------
+    InputError
+        If a fold cannot be made: see the splitter.
     """
     found: list[np.ndarray] = []
     for k, (train, test) in enumerate(splitter.split(X, y, groups)):

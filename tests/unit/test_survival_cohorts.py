@@ -36,6 +36,8 @@ def test_ispy1(data_dir):
     table = ispy1(data_dir)
     assert len(table.X) == 221 and table.y["event"].sum() == 63
     assert "pCR" not in table.X and "RCB class" not in table.X
+    four = table.X[[f"diameter {k}" for k in (1, 2, 3, 4)]]
+    assert np.allclose(table.X["diameter mean"], four.mean(axis=1), equal_nan=True)
     later = ispy1(data_dir, at_surgery=True)
     assert later.X["pCR"].sum() == 58 and later.X["pCR"].isna().sum() == 6
     assert table.X.filter(regex=r"diameter \d$").notna().all(axis=1).sum() == 186
