@@ -264,6 +264,12 @@ class AFT(Head):
     def _fit(self, x: np.ndarray, y: np.ndarray) -> None:
         self.scaler_ = StandardScaler().fit(x)
         self.model_ = copy.deepcopy(self.fitter) if self.fitter is not None else WeibullAFTFitter(penalizer=0.01)
+        events, columns = int(y["event"].sum()), x.shape[1]
+        if np.all(np.asarray(self.model_.penalizer) == 0) and events < columns + 2:
+            raise InputError(
+                f"AFT.fit: {events} events for {columns + 2} parameters; without a penalty nothing is determined. Give "
+                "a fitter with a penalizer above 0, or fewer columns."
+            )
         table = self._table(x)
         table["time"], table["event"] = y["time"], y["event"]
         try:

@@ -1,6 +1,9 @@
 """The names at the top of survival: documented, loaded on use, and a missing extra is said."""
 
+import doctest
+import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -35,6 +38,23 @@ def test_names_have_numpydoc(name):
         taken = list(inspect.signature(thing).parameters)
         assert all(re.search(rf"^ *[\w, ]*\b{n}\b", text, flags=re.MULTILINE) for n in taken), taken
         assert set(typing.get_type_hints(thing)) >= {*taken, "return"}
+
+
+MODULES = sorted(found.name for found in pkgutil.walk_packages(survival.__path__, "survival."))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_documented_and_their_examples_hold(name):
+    module = importlib.import_module(name)
+    assert module.__doc__ and module.__all__ == sorted(module.__all__)
+    for public in (getattr(module, one) for one in module.__all__):
+        text = inspect.getdoc(public) or ""
+        assert text and not text.startswith(f"{public.__name__}("), public.__name__
+        if inspect.isclass(public):
+            own = [n for n, m in vars(public).items() if not n.startswith("_") and inspect.isfunction(m)]
+            bare = [n for n in own if not inspect.getdoc(getattr(public, n))]
+            assert not bare or getattr(public, "_is_protocol", False), bare
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
 
 def test_importing_survival_loads_no_library():
