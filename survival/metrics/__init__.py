@@ -15,6 +15,7 @@ from survival.metrics.binary import (
     net_benefit,
 )
 from survival.metrics.compare import Interval, bootstrap, bootstrap_draws, corrected_t_test, delong, delong_paired, holm
+from survival.metrics.subgroups import Subgroup, auroc_standard_error, detectable_difference, gaps, subgroups
 from survival.metrics.times import (
     Concordance,
     brier_by_patient,
@@ -29,9 +30,11 @@ __all__ = [
     "AtThreshold",
     "Concordance",
     "Interval",
+    "Subgroup",
     "at_threshold",
     "auprc",
     "auroc",
+    "auroc_standard_error",
     "bootstrap",
     "bootstrap_draws",
     "brier",
@@ -41,11 +44,14 @@ __all__ = [
     "d_calibration",
     "delong",
     "delong_paired",
+    "detectable_difference",
     "expected_calibration_error",
+    "gaps",
     "harrell_c",
     "holm",
     "integrated_brier_score",
     "net_benefit",
+    "subgroups",
     "time_dependent_auc",
     "uno_c",
 ]
