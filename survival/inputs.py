@@ -13,7 +13,9 @@ __all__ = ["fitted_table", "table_like"]
 
 def _numbers(X: Any, where: str, missing: bool) -> tuple[np.ndarray, list[str] | None]:
     """Values (n, p) and names of columns, if there are any."""
-    names = [str(name) for name in X.columns] if hasattr(X, "columns") else None
+    names = list(X.columns) if hasattr(X, "columns") else None
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: names of columns must be text; X.columns = X.columns.astype(str) makes them so.")
     if names is not None and len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise InputError(f"{where}: X has columns of the same name: {', '.join(twice)}. Rename or drop them.")

@@ -94,9 +94,10 @@ class _Response(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities (n, 2) of no and of yes."""
         x = table_like(self, X, self._missing)
-        if hasattr(X, "columns") and hasattr(self, "feature_names_in_"):
-            X = pd.DataFrame(x, columns=self.feature_names_in_, index=X.index)
-        p = self._probability(X)
+        if hasattr(self, "feature_names_in_"):
+            p = self._probability(pd.DataFrame(x, columns=self.feature_names_in_))
+        else:
+            p = self._probability(x)
         return np.column_stack((1 - p, p))
 
     def predict(self, X: Any) -> np.ndarray:
@@ -273,8 +274,6 @@ class LateFusion(_Response):
         return ~missing.all(axis=1).to_numpy()
 
     def _probability(self, X: Any) -> np.ndarray:
-        if not hasattr(X, "columns"):
-            X = pd.DataFrame(X, columns=self.feature_names_in_)
         logits = np.full((len(X), len(self.sources)), np.nan)
         for j, (name, columns) in enumerate(self.sources.items()):
             here = self._present(X, columns, name)

@@ -208,7 +208,9 @@ def overlap(train: ArrayLike, test: ArrayLike) -> list[Any]:
     """Patients who are in both parts; the same name in other case or with other spaces is the same patient."""
 
     def plain(name: Any) -> str:
-        return " ".join(str(name).split()).casefold()
+        # A table read with missing values turns the patient 1001 into 1001.0.
+        whole = isinstance(name, (float, np.floating)) and float(name).is_integer()
+        return " ".join(str(int(name) if whole else name).split()).casefold()
 
     here = {plain(name) for name in np.asarray(train, object)}
     return list(dict.fromkeys(name for name in np.asarray(test, object).tolist() if plain(name) in here))

@@ -61,7 +61,7 @@ def auroc(label: ArrayLike, value: ArrayLike, weights: ArrayLike | None = None) 
     y, p = checked_pair(label, value, "auroc")
     true, false = _ranked(y, p, checked_weights(weights, len(y), "auroc"))
     if not (true[-1] and false[-1]):
-        raise InputError("auroc: the weights leave one class alone.")
+        raise InputError("auroc: the weights leave one class alone; in a bootstrap draw the classes apart (strata).")
     return float(np.trapezoid(np.append(0, true), np.append(0, false)) / (true[-1] * false[-1]))
 
 

@@ -10,7 +10,7 @@ from scipy.stats import chi2
 from sksurv.nonparametric import CensoringDistributionEstimator, kaplan_meier_estimator
 
 from biomodel.errors import InputError
-from survival.curves import Curves, steps
+from survival.curves import Curves, checked_times, steps
 from survival.outcome import checked_follow_up
 
 __all__ = [
@@ -200,14 +200,14 @@ def time_dependent_auc(
         If a time lies outside the follow-up, or nobody has had the event by the first one.
     """
     y, train = checked_follow_up(y, "time_dependent_auc"), checked_follow_up(train, "time_dependent_auc")
-    t = np.atleast_1d(np.asarray(times, float))
+    t = checked_times(times, "time_dependent_auc")
     w = checked_weights(weights, len(y), "time_dependent_auc")
     r = np.asarray(risk, float)
     r = np.tile(r[:, None], len(t)) if r.ndim == 1 else r
     if r.shape != (len(y), len(t)) or not np.isfinite(r).all():
         raise InputError(f"time_dependent_auc: risks {r.shape}; expected ({len(y)},) or ({len(y)}, {len(t)}), finite.")
-    if np.any(np.diff(t) <= 0) or t[0] < y["time"].min() or t[-1] >= y["time"].max():
-        raise InputError("time_dependent_auc: times must rise and lie within the follow-up of the patients.")
+    if t[0] < y["time"].min() or t[-1] >= y["time"].max():
+        raise InputError("time_dependent_auc: times must lie within the follow-up of the patients.")
     counted = y["event"] & (y["time"] <= t[-1])
     weight = np.zeros(len(y))
     weight[counted] = 1 / _uncensored(train, y["time"][counted], "time_dependent_auc")

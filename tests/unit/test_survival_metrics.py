@@ -110,7 +110,7 @@ def test_counts_are_repeated_patients(data):
             "within the follow",
         ),
         (lambda y, r, c: metrics.brier_by_patient(y, y, Curves(c.times, c.survival[:3])), "3 curves for"),
-        (lambda y, r, c: metrics.time_dependent_auc(y, y, r, [1.0, 0.5]), "must rise"),
+        (lambda y, r, c: metrics.time_dependent_auc(y, y, r, [1.0, 0.5]), "rise and lie above 0"),
         (lambda y, r, c: metrics.d_calibration(y, r * 100), "must lie in"),
     ],
 )

@@ -56,7 +56,11 @@ def test_models(name):
     assert metrics.auroc(label, p) > metrics.auroc(label, truth) - 0.02
     assert 0.8 < metrics.calibration_line(label, p)[0] < 1.25
     assert np.array_equal(probability(clone(model).fit(X, Y), fresh), p)
-    assert np.array_equal(probability(model, fresh[list(X)[::-1]]), p)
+    assert probability(model, fresh[list(X)[::-1]]) == pytest.approx(p, abs=1e-12)
+    assert probability(model, fresh.to_numpy()) == pytest.approx(p, abs=1e-12)
+    if name != "LateFusion":  # which needs names
+        plain = clone(MODELS[name]).fit(X.to_numpy(), Y)
+        assert probability(plain, fresh) == pytest.approx(p, abs=1e-12)
     assert np.array_equal(model.predict(fresh), p >= 0.5)
     sets = model.sets(fresh, 0.9)
     for k in (0, 1):
@@ -72,6 +76,7 @@ def test_models(name):
         (X, Y[:10], "X has 300 rows, y 10"),
         (X, np.where(Y, 2, 0), "must hold 0 and 1"),
         (X.assign(HR="positive"), Y, "columns HR hold something other than numbers"),
+        (X.set_axis(range(5), axis=1), Y, "names of columns must be text"),
     ],
 )
 def test_bad_input_to_fit(name, x, y, message):

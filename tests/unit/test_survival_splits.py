@@ -100,6 +100,8 @@ def test_temporal():
 
 def test_overlaps_are_found():
     assert overlap(["P1", "P2"], ["p2 ", "P3"]) == ["p2 "]
+    assert overlap([1001, 1002], [1002.0, 1003.0]) == [1002.0]
+    assert overlap(["1001"], [1001, 1002]) == [1001]
     with pytest.raises(InputError, match="2 patients are in training and in test: P1, P2"):
         check_split(["P1", "P2"], ["P1", "P2", "P3"])
     table = pd.DataFrame({"age": [50.5, 61.0, np.nan], "ftv": [1.25, 3.0, 2.0]})
