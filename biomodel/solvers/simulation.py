@@ -42,6 +42,16 @@ class _Prepared:
     reaction: Callable
 
 
+def _told(params: Mapping[str, Any]) -> str:
+    """Parameters in one line; of maps and batches the range."""
+    found = []
+    for name, value in params.items():
+        x = torch.as_tensor(value).detach()
+        low, high = float(x.min()), float(x.max())
+        found.append(f"{name} {low:.4g}" if low == high else f"{name} {low:.4g} to {high:.4g}")
+    return ", ".join(found)
+
+
 class Simulation(torch.nn.Module):
     """A model on a domain under a schedule: parameters and an initial state in, states out.
 
@@ -433,7 +443,7 @@ class Simulation(torch.nn.Module):
         out = _Evolve.apply(prepared.evolution, self.solver.memory, len(faces), padded, prepared.scale, *faces,
                             *prepared.leaves)  # fmt: skip
         if not math.isfinite(float(out.detach().sum())):
-            raise NotFiniteError(f"the state is not finite at {dict(params)}; the parameters are too extreme.")
+            raise NotFiniteError(f"the state is not finite at {_told(params)}; the parameters are too extreme.")
         return self._unbox(out[..., 1:-1, 1:-1, 1:-1])
 
     def _still(self, prepared: _Prepared, plan: TimePlan, u: torch.Tensor) -> torch.Tensor:

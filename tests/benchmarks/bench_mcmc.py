@@ -28,6 +28,7 @@ from biomodel.calibration.gaussnewton import prior_of
 from biomodel.calibration.images import ImageProblem
 from biomodel.calibration.mcmc import ByNutpie, ByPymc, sample_nuts
 from biomodel.calibration.samples import Chains
+from biomodel.errors import ModelError, SolverError
 from biomodel.virtual import Matched, small_patient
 
 CHAINS = 4
@@ -68,11 +69,17 @@ class Modes:
         self.size = count
 
     def __call__(self, x):
-        value, slope = self.problem.slope(self.centre + x @ self.along)
+        try:
+            value, slope = self.problem.slope(self.centre + x @ self.along)
+        except (ModelError, SolverError):  # too extreme for the model
+            return -np.inf, np.zeros(self.size)
         return -value, -self.along @ slope
 
     def value(self, x):
-        return -self.problem.objective(self.centre + x @ self.along)
+        try:
+            return -self.problem.objective(self.centre + x @ self.along)
+        except (ModelError, SolverError):
+            return -np.inf
 
 
 def metropolis(density, chains, tune, draws, seed):
@@ -160,13 +167,14 @@ def modes(seed: int, count: int = 30):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=250, help="of each of 4 chains of NUTS")
+    parser.add_argument("--tune", type=int, default=200, help="steps of each before, which are dropped")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--only", choices=("scalars", "modes"))
     given = parser.parse_args()
     if given.only != "modes":
-        compare(*scalars(given.seed), given.draws, 200, 4, given.seed)
+        compare(*scalars(given.seed), given.draws, given.tune, 4, given.seed)
     if given.only != "scalars":
-        compare(*modes(0), given.draws, 200, 12, given.seed)
+        compare(*modes(0), given.draws, given.tune, 12, given.seed)
 
 
 if __name__ == "__main__":
