@@ -21,13 +21,13 @@ if not (Path(data) / "survival" / "metabric.h5").is_file():
     print("This example reads survival/metabric.h5 from the folder named by TUMORCAST_DATA, and it is not there.")
     sys.exit(0)
 
-import matplotlib.pyplot as plt  # noqa: E402
 from sklearn.compose import make_column_transformer  # noqa: E402
 from sklearn.model_selection import GridSearchCV  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import SplineTransformer  # noqa: E402
 
 import survival as sv  # noqa: E402
+from survival import figures  # noqa: E402
 from survival.cohorts import benchmark_parts  # noqa: E402
 from survival.metrics import Concordance, bootstrap, d_calibration, integrated_brier_score  # noqa: E402
 from survival.splits import PatientFolds  # noqa: E402
@@ -102,14 +102,9 @@ print(f"D-calibration: shares from {low:.2f} to {high:.2f}, p = {calibration.p:.
 # %%
 risk = mixture.predict(test.X)
 shown = np.argsort(risk)[[len(risk) // 10, len(risk) // 2, 9 * len(risk) // 10]]
-axis = np.linspace(1, 300, 150)
-curves = mixture.predict_curves(test.X.iloc[shown], axis)
-figure, ax = plt.subplots(figsize=(6, 4))
-for survival, what in zip(curves.survival, ("low risk", "middle", "high risk"), strict=True):
-    ax.plot(axis, survival, label=what)
-ax.set(xlabel="months", ylabel="probability of being alive", ylim=(0, 1))
-ax.legend()
-figure.savefig(folder / "metabric_curves.png", dpi=120)
+curves = mixture.predict_curves(test.X.iloc[shown], np.linspace(1, 300, 150))
+figure = figures.survival_curves(curves, ["low risk", "middle", "high risk"], "months")
+figure.savefig(folder / "metabric_curves.png")
 print("median months: " + ", ".join(f"{m:.0f}" if np.isfinite(m) else "past the end" for m in curves.median()))
 
 # %% [markdown]

@@ -22,10 +22,10 @@ if not (Path(data) / "ispy2" / "Multi-feature-MRI-NACT-Data.xlsx").is_file():
     print("This example reads the tables of ispy2 from the folder named by TUMORCAST_DATA, and they are not there.")
     sys.exit(0)
 
-import matplotlib.pyplot as plt  # noqa: E402
 from sklearn.compose import make_column_transformer  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 
+from survival import figures  # noqa: E402
 from survival.calibration import Costs, SensitivityFloor, Temperature, VennAbers  # noqa: E402
 from survival.cohorts import ispy2  # noqa: E402
 from survival.metrics import (  # noqa: E402
@@ -99,15 +99,11 @@ print(f"mixture less volume: AUC {gain.value:+.3f} ({gain.low:+.3f} to {gain.hig
 # in vain is as bad as the threshold's odds say. The decision curve shows what each model gains over treating all alike.
 
 # %%
-thresholds = np.linspace(0.05, 0.8, 76)
-figure, ax = plt.subplots(figsize=(6, 4))
+figures.decision_curves(y, {name: p[0] for name, p in found.items()}).savefig(folder / "pcr_decision_curves.png")
+figures.calibration(y, found["mixture"][0]).savefig(folder / "pcr_calibration.png")
 for name, p in found.items():
-    ax.plot(thresholds, net_benefit(y, p[0], thresholds), label=name)
-ax.plot(thresholds, net_benefit(y, np.ones(len(y)), thresholds), "k--", label="everybody")
-ax.axhline(0, color="k", linewidth=0.5)
-ax.set(xlabel="threshold", ylabel="net benefit per patient", ylim=(-0.05, y.mean() + 0.02))
-ax.legend()
-figure.savefig(folder / "pcr_decision_curves.png", dpi=120)
+    print(f"{name:9s} net benefit at a threshold of 0.3: {net_benefit(y, p[0], [0.3])[0]:+.3f}")
+print(f"everybody net benefit at a threshold of 0.3: {net_benefit(y, np.ones(len(y)), [0.3])[0]:+.3f}")
 
 # %% [markdown]
 # ## An operating point
