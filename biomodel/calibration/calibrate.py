@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,11 +30,20 @@ from biomodel.tables import html_table
 DOUBTFUL, FAR = 3.0, 4.0
 
 
+@runtime_checkable
+class OwnCalibration(Protocol):
+    """A method that this package does not know, and that makes the fit itself."""
+
+    def calibrate(self, model: ReactionDiffusion | Population, patient: Patient, solver: Solver,
+                  progress: Callable[[str], None] | None = None) -> Fit:  # fmt: skip
+        """Return the fit, as :func:`calibrate` does."""
+
+
 def calibrate(
     model: ReactionDiffusion | Population,
     patient: Patient,
     solver: Solver | None = None,
-    method: MAP | Laplace | Importance | NUTS | SMC | FieldLaplace | None = None,
+    method: MAP | Laplace | Importance | NUTS | SMC | FieldLaplace | OwnCalibration | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Calibrate a model on the visits of one patient.
@@ -49,7 +59,8 @@ def calibrate(
         The former by default; patients without images have no space, and take only that.
     method : MAP, Laplace, Importance, NUTS, SMC or FieldLaplace, optional
         Laplace by default; NUTS and SMC draw from the posterior itself, which takes longer; Importance is for patients
-        without images, FieldLaplace makes the growth rate a map.
+        without images, FieldLaplace makes the growth rate a map. An object with a `calibrate` of its own, such as
+        ``pinn.LMPinn()``, is asked for the fit.
     progress : callable, optional
         Receives a line of text per iteration.
 
@@ -65,6 +76,8 @@ def calibrate(
     """
     solver = TorchSolver() if solver is None else solver
     method = Laplace() if method is None else method
+    if isinstance(method, OwnCalibration):
+        return method.calibrate(model, patient, solver, progress)
     population = None
     if isinstance(model, Population):
         population, model = model, model.model
