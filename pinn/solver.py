@@ -224,7 +224,9 @@ class PinnSimulation:
     def classical(self) -> Built:
         """The same simulation by the classical solver."""
         if self._classical is None:
-            self._classical = self.solver.classical.build(
+            # No more exact than the network, and rough where the network is.
+            classical: Any = self.solver.classical
+            self._classical = replace(classical, rtol=max(classical.rtol, self.solver.rtol)).build(
                 self.model, self.domain, self.schedule, self.fields, start=self.start
             )
         return self._classical
