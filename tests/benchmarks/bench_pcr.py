@@ -20,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.compose import make_column_transformer
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from survival.cohorts import ispy2
 from survival.metrics import (
@@ -52,13 +54,20 @@ def columns(table, arm, percent):
 
 def tuned(names):
     """Ridge logistic regression on some columns, the penalty by its log loss in five inner folds."""
-    model = make_pipeline(make_column_transformer(("passthrough", names)), ridge())
-    return GridSearchCV(model, {"pipeline__logisticregression__C": [0.01, 0.03, 0.1]}, scoring="neg_log_loss", cv=INNER)
+    search = LogisticRegressionCV(
+        Cs=[0.01, 0.03, 0.1],
+        l1_ratios=(0,),
+        cv=INNER,
+        scoring="neg_log_loss",
+        max_iter=5000,
+        use_legacy_attributes=False,
+    )
+    return make_pipeline(make_column_transformer(("passthrough", names)), StandardScaler(), search)
 
 
 def ours(table):
     logs = [c for c in table.X if not c.endswith(" percent")]
-    return Mixture([("logs", tuned(logs)), ("percent", tuned(list(table.X)))], folds=5)
+    return Mixture([("logs", tuned(logs)), ("percent", tuned(list(table.X)))], folds=3)
 
 
 def probability(model, rows):
