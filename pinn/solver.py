@@ -27,8 +27,6 @@ from pinn.voxels import Voxels
 FAILED = 10.0
 #: The guess by operator splitting is fitted to this relative accuracy, in at most so many iterations.
 GUESS, GUESSING = 2e-2, 40
-#: A held-out residual this many times above the trained one says that the points are too few.
-UNSEEN = 5.0
 
 
 class TrainingWarning(UserWarning):
