@@ -42,7 +42,8 @@ class PinnSolver:
     by parameters follow from the implicit function theorem on the trained residual.
 
     It does what `TorchSolver` does on boxes with one diffusivity and treatments that act alike everywhere, in one to
-    three dimensions, at a hundred times the cost: see `make bench-pinn` for where that pays.
+    three dimensions, at ten to a hundred times the cost: `tests/benchmarks/bench_pinn.py` measures it. Networks of this
+    size train fastest on one thread (OMP_NUM_THREADS=1), and on a busy machine far faster.
 
     Parameters
     ----------
