@@ -62,14 +62,17 @@ class Tissue:
         _check_body(domain, isinstance(equation.edge, Clamped))
         names = [f"{equation.name}.{p.name}" for p in equation.parameters]
 
-        def tape(function):
+        def tape(function, bounded=False):
             def recorded(u, p, c, ops):
                 given = Context(**{f: getattr(c, f) for f in equation.fields})
-                return function(u, model.of(equation, p), given, ops)
+                # The projection of a sharp edge undershoots; where there are no cells, none stiffen the tissue, and a
+                # modulus that they may multiply tenfold stays positive.
+                present = ops.where(u > 0, u, 0.0) if bounded else u
+                return function(present, model.of(equation, p), given, ops)
 
             return record(recorded, names, equation.fields)
 
-        return cls(equation, tape(equation.young), tape(equation.pressure))
+        return cls(equation, tape(equation.young, True), tape(equation.pressure))
 
     @property
     def gives(self) -> str:

@@ -2,8 +2,8 @@
 
 A voxel is an element: displacements sit at the corners, Young's modulus and the pressure of the cells are constant
 inside, and stress is given as its mean over the voxel. Displacement and stress are second order in the voxel's size.
-All terms are integrated in full: with Poisson's ratio 0.45, as used for soft tissue, such elements are only slightly
-too stiff (`tests/numerics/test_mechanics.py` prints by how much, also for 0.49, where they are not good).
+Bubbles inside each voxel, eliminated in its matrix, keep elements from being too stiff where tissue bends or, with
+Poisson's ratio near 0.5, hardly changes its volume (`tests/numerics/test_mechanics.py` prints what is left).
 
 Axes of length one are not deformed: two dimensions are plane strain.
 """

@@ -28,22 +28,30 @@ def corners(body: Body) -> list[torch.Tensor]:
 
 
 def test_element_matrix_is_that_of_gauss_quadrature():
+    """Of trilinear displacements with bubbles 1 - x², 1 - y², 1 - z² for each component, which are eliminated."""
     spacing, poisson = (3.0, 1.5, 1.2), 0.45
     mu, lam = lame(1.0, poisson)
     law = np.diag([2 * mu] * 3 + [mu] * 3)
     law[:3, :3] += lam
-    h, root, expected = spacing[::-1], 1 / np.sqrt(3), np.zeros((24, 24))
+    h, root, whole = spacing[::-1], 1 / np.sqrt(3), np.zeros((33, 33))
     for point in itertools.product((-root, root), repeat=3):
-        b = np.zeros((6, 24))
+        slopes = np.zeros((11, 3))
         for corner in range(8):
             sign = [2 * (corner >> d & 1) - 1 for d in range(3)]
-            slope = [sign[d] / (4 * h[d]) * np.prod([1 + sign[e] * point[e] for e in range(3) if e != d])
-                     for d in range(3)]  # fmt: skip
-            for c in range(3):
-                b[c, 8 * c + corner] = slope[c]
-            for row, (i, j) in enumerate(((0, 1), (0, 2), (1, 2))):
-                b[3 + row, 8 * i + corner], b[3 + row, 8 * j + corner] = slope[j], slope[i]
-        expected += b.T @ law @ b * np.prod(h) / 8
+            slopes[corner] = [sign[d] / (4 * h[d]) * np.prod([1 + sign[e] * point[e] for e in range(3) if e != d])
+                              for d in range(3)]  # fmt: skip
+        for d in range(3):
+            slopes[8 + d, d] = -4 * point[d] / h[d]
+        b = np.zeros((6, 33))
+        for c in range(3):
+            where = [*range(8 * c, 8 * c + 8), *range(24 + 3 * c, 27 + 3 * c)]
+            b[c, where] = slopes[:, c]
+            for row, pair in enumerate(((0, 1), (0, 2), (1, 2))):
+                if c in pair:
+                    b[3 + row, where] = slopes[:, sum(pair) - c]
+        whole += b.T @ law @ b * np.prod(h) / 8
+    corners, beside, bubbles = whole[:24, :24], whole[:24, 24:], whole[24:, 24:]
+    expected = corners - beside @ np.linalg.solve(bubbles, beside.T)
     np.testing.assert_allclose(Element.of(spacing, poisson).matrix(), expected, atol=1e-14)
 
 
@@ -160,8 +168,7 @@ def test_second_order_in_space(poisson):
 def test_locking_of_shear_in_a_nearly_incompressible_body(poisson):
     """A divergence-free displacement held by body forces: elements that lock make it too small on coarse grids.
 
-    The error grows with Poisson's ratio, towards 0.5 the order of two is only reached on finer grids (so the finest
-    pair counts); with 0.45 it is small.
+    Those without bubbles are off by 8 % on the coarsest one with 0.49.
     """
     a, errors = 2 * np.pi, []
     for n in (20, 40, 80):
@@ -177,9 +184,7 @@ def test_locking_of_shear_in_a_nearly_incompressible_body(poisson):
         errors.append(np.linalg.norm(w[0, :, 0].numpy() - flow) / np.linalg.norm(flow))
     found = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     print(f"divergence-free displacement, Poisson {poisson}: errors {np.array(errors)}, orders {found}")
-    assert found[-1] > 1.9
-    if poisson == 0.45:
-        assert errors[0] < 0.01
+    assert (found > 1.9).all() and errors[0] < 0.02
 
 
 @pytest.mark.parametrize("clamped", [True, False])

@@ -200,7 +200,7 @@ class CoupledHeat:
         if mark is None:
             self.body.elasticity.restart()
         else:
-            self.body.elasticity.w.x.array[:] = mark.displacement
+            self.body.elasticity.recent = [mark.displacement[: self.body.elasticity.count_here]]
 
     def size_of_step(self, state: np.ndarray) -> int:
         """Bytes that a step keeps for its transpose."""

@@ -12,7 +12,7 @@ import ufl
 from dolfinx import fem
 
 from . import shim
-from .elasticity import PLACE, Elasticity
+from .elasticity import PLACE, RECENT, Elasticity
 from .levels import measure, strain_of
 from .mesh import compiling
 
@@ -26,7 +26,7 @@ class ElasticSlopes:
     def __init__(self, body: Elasticity):
         self.body, self.owned = body, body.space.owned_cells
         #: Displacements that earlier derivatives made, from which the next are looked for.
-        self.guesses: dict[int, np.ndarray] = {}
+        self.guesses: dict[int, list[np.ndarray]] = {}
 
     # Forms -----------------------------------------------------------------------------------------------------------
 
@@ -100,8 +100,9 @@ class ElasticSlopes:
         here, found = body.w.x.array.copy(), np.empty_like(d_young)
         for m in range(len(d_young)):
             moduli.x.array[:], pressure.x.array[:] = d_young[m], d_pressure[m]
-            self.guesses[m] = body.respond(form, self.guesses.get(m))
-            body.w.x.array[: body.count_here] = self.guesses[m]
+            moved = body.respond(form, self.guesses.get(m, []))
+            self.guesses[m] = [moved, *self.guesses.get(m, [])][:RECENT]
+            body.w.x.array[: body.count_here] = moved
             body.w.x.scatter_forward()
             found[m] = d_young[m] * per_modulus + young * (slope * body.strain_at_centres()).sum(1)
             body.w.x.array[:] = here

@@ -7,6 +7,7 @@ back. Displacement and stress are second order, whatever the degree; degree 2 do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from .levels import ITERATIONS, Level, conjugate_gradients, measure, prolongatio
 from .mesh import Space, compiling
 from .stepping import Failed
 
+#: Earlier displacements from which the next is looked for.
+RECENT = 3
 #: Iterations beyond those right after a preconditioner was made, at which it is made anew.
 PATIENCE = 4
 
@@ -98,6 +101,7 @@ class Elasticity:
     def restart(self) -> None:
         """Forget earlier solutions and preconditioners, so that a run does not depend on those before it."""
         self.w.x.array[:] = 0.0
+        self.recent: list[np.ndarray] = []
         self._forget()
         self.solves = self.iterations = 0
 
@@ -122,7 +126,7 @@ class Elasticity:
     # Solution --------------------------------------------------------------------------------------------------------
 
     def solve(self, young: np.ndarray, pressure: np.ndarray) -> Stress:
-        """Stress in equilibrium; starts from the displacement of the time before.
+        """Stress in equilibrium; starts from the displacements of the times before.
 
         Parameters
         ----------
@@ -132,7 +136,9 @@ class Elasticity:
         self._check(young, pressure)
         self.young.x.array[:], self.pressure.x.array[:] = young, pressure
         self._prepare()
-        self.w.x.array[: self.count_here] = self.respond(self.force, self.w.x.array[: self.count_here])
+        found = self.respond(self.force, self.recent)
+        self.recent = [found, *self.recent][:RECENT]
+        self.w.x.array[: self.count_here] = found
         self.w.x.scatter_forward()
         return self._stress(young)
 
@@ -158,8 +164,11 @@ class Elasticity:
         self.young.x.array[:], self.w.x.array[:] = young, w
         self._prepare()
 
-    def respond(self, load, guess: np.ndarray | None = None) -> np.ndarray:
-        """Displacement, on this rank's own nodes, that balances a form of the test function at the present moduli."""
+    def respond(self, load, known: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """Displacement, on this rank's own nodes, that balances a form of the test function at the present moduli.
+
+        The search starts from the combination of those already known that is nearest in energy.
+        """
         b = shim.assemble_vector(load)
         b.ghostUpdate(PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
         b.array.reshape(-1, self.space.dim)[self.levels[0].held] = 0.0
@@ -167,7 +176,7 @@ class Elasticity:
             self.levels[0].motions.remove(b)
         x = b.duplicate()
         if b.norm() > 0:
-            x.array[:] = 0.0 if guess is None else guess
+            x.array[:] = self._nearest(b, known) if known else 0.0
             self._cg(b, x)
         if not self.clamped:
             self.levels[0].motions.remove(x)
@@ -175,6 +184,19 @@ class Elasticity:
         b.destroy()
         x.destroy()
         return found
+
+    def _nearest(self, b: PETSc.Vec, known: Sequence[np.ndarray]) -> np.ndarray:
+        basis, images = np.stack(known), np.empty((len(known), len(known[0])))
+        into, out = b.duplicate(), b.duplicate()
+        for one, image in zip(basis, images, strict=True):
+            into.array[:] = one
+            self.levels[0].matrix.mult(into, out)
+            image[:] = out.array
+        products = self.space.comm.allreduce(np.column_stack((basis @ images.T, basis @ b.array)))
+        gram, right = (products[:, :-1] + products[:, :-1].T) / 2, products[:, -1]
+        into.destroy()
+        out.destroy()
+        return np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ right @ basis
 
     def _cg(self, b: PETSc.Vec, x: PETSc.Vec) -> None:
         assert self.solver is not None

@@ -66,5 +66,6 @@ def interpolation_points(space) -> np.ndarray:
     return points() if callable(points) else points
 
 
+create_matrix = dolfinx.fem.petsc.create_matrix
 assemble_matrix = dolfinx.fem.petsc.assemble_matrix
 assemble_vector = dolfinx.fem.petsc.assemble_vector
