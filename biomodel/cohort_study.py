@@ -11,26 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import binom
 
 from biomodel.calibration.calibrate import Laplace, calibrate
 from biomodel.calibration.importance import Importance
 from biomodel.calibration.mcmc import NUTS, SMC
 from biomodel.conformal import Adjustment, learn_adjustment
 from biomodel.conformal_scores import Identity, Scale, fewest, quantile_crps
-from biomodel.diagnostics_forecasts import CURVE, LEVELS, Coverage, check_forecasts, coverage, pit
+from biomodel.diagnostics_forecasts import CURVE, LEVELS, Coverage
 from biomodel.diagnostics_predictive import posterior_predictive_check
-from biomodel.errors import InputError, TumorcastError
+from biomodel.errors import CalibrationError, InputError, TumorcastError
 from biomodel.files import atomic_write
-from biomodel.forecast import forecast
+from biomodel.forecast import Forecast, forecast
 from biomodel.models import ReactionDiffusion
 from biomodel.out_of_distribution import Reference, features, learn_reference
 from biomodel.patient import Patient
+from biomodel.scoring import crps
 from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
 from biomodel.tables import html_table
@@ -39,6 +43,8 @@ __all__ = ["CohortStudy", "Evidence", "study_cohort"]
 
 #: Replicates of the posterior predictive check behind the features.
 REPLICATES = 20
+#: Fewest draws of a forecast that is adjusted, and the probability of a band.
+DRAWS, BAND = 20, 0.95
 #: Parts of the cohort of which each is judged by an adjustment learned on the others.
 FOLDS = 10
 #: About the error of a measured volume, cm³: what is added to the spread of every forecast.
@@ -56,7 +62,7 @@ class Evidence:
     n : int
         Patients.
     before : Coverage
-        Of the forecasts as they are.
+        Of the forecasts as they are; an interval holds its ends.
     after : Coverage or None
         Of intervals adjusted by the errors of the cohort's other patients; None where these are too few.
     curve : Coverage
@@ -96,8 +102,14 @@ class CohortStudy:
     name : str
     virtual : bool
         Whether any of its patients is virtual.
+    model, method : str
+        What was calibrated and how.
+    quantity : str
+        What was forecast, by its name in a forecast: "measured_volume" where errors of volumes are known, or "volume".
     patients : tuple of str
         Identifiers.
+    ahead : ndarray, shape (n,)
+        Days from the last calibrated visit to the one forecast.
     draws : ndarray, shape (n, draws)
         Forecast volumes, cm³.
     observed : ndarray, shape (n,)
@@ -110,7 +122,11 @@ class CohortStudy:
 
     name: str
     virtual: bool
+    model: str
+    method: str
+    quantity: str
     patients: tuple[str, ...]
+    ahead: np.ndarray
     draws: np.ndarray
     observed: np.ndarray
     features: tuple[Mapping[str, float], ...]
@@ -139,29 +155,35 @@ class CohortStudy:
             Of the parts.
         """
         n = len(self.patients)
-        check = check_forecasts(self.draws, self.observed)
-        curve = coverage(pit(self.draws, self.observed), CURVE)
+        before, curve = (self._coverage(levels, [
+            [np.quantile(d, [(1 - a) / 2, (1 + a) / 2]) for a in levels] for d in self.draws
+        ]) for levels in (LEVELS, CURVE))  # fmt: skip
+        score = np.mean([crps(d, o) for d, o in zip(self.draws, self.observed, strict=True)])
         part = np.random.default_rng(seed).permutation(np.arange(n) % FOLDS)
         smallest = n - math.ceil(n / FOLDS)
         levels = [a for a in LEVELS if fewest(a) <= smallest]
-        after, score = None, math.nan
+        after, adjusted = None, math.nan
         if levels:
-            held, crps = np.zeros((n, len(levels)), bool), np.zeros(n)
+            found, scores = np.zeros((n, len(levels), 2)), np.zeros(n)
             for k in range(min(FOLDS, n)):
                 learned = self._learn(np.flatnonzero(part != k), Identity() if scale is None else scale, least_spread)
                 for i in np.flatnonzero(part == k):
-                    ends = [learned.interval(self.draws[i], level) for level in levels]
-                    held[i] = [low <= self.observed[i] <= high for low, high in ends]
-                    crps[i] = quantile_crps(learned.draws(self.draws[i]), self.observed[i])
-            at = [LEVELS.index(a) for a in levels]
-            before = check.coverage
-            after = Coverage(before.levels[at], held.mean(0), before.low[at], before.high[at], n, before.band)
-            score = float(crps.mean())
-        return Evidence(self.name, self.virtual, n, check.coverage, after, curve, float(check.crps.mean()), score)
+                    found[i] = [learned.interval(self.draws[i], level) for level in levels]
+                    scores[i] = quantile_crps(learned.draws(self.draws[i]), self.observed[i])
+            after, adjusted = self._coverage(levels, found), float(scores.mean())
+        return Evidence(self.name, self.virtual, n, before, after, curve, float(score), adjusted)
+
+    def _coverage(self, levels: Sequence[float], ends: Sequence | np.ndarray) -> Coverage:
+        """How often intervals (n, levels, 2) hold what was measured, their ends counted in; exact binomial bands."""
+        at, n = np.asarray(levels, float), len(self.observed)
+        low, high = np.moveaxis(np.asarray(ends, float), 2, 0)
+        held = (low <= self.observed[:, None]) & (self.observed[:, None] <= high)
+        return Coverage(at, held.mean(0), binom.ppf((1 - BAND) / 2, n, at) / n, binom.ppf((1 + BAND) / 2, n, at) / n,
+                        n, BAND)  # fmt: skip
 
     def _learn(self, of: np.ndarray, scale: Scale, least_spread: float) -> Adjustment:
         return learn_adjustment(
-            [self.draws[i] for i in of], [self.observed[i] for i in of], quantity="volume", units="cm^3",
+            [self.draws[i] for i in of], [self.observed[i] for i in of], quantity=self.quantity, units="cm^3",
             cohort=self.name, virtual=self.virtual, scale=scale, least_spread=least_spread,
         )  # fmt: skip
 
@@ -212,14 +234,23 @@ def study_cohort(
     Returns
     -------
     CohortStudy
-        A patient who cannot be calibrated or forecast is listed in `failed`.
+        A patient who cannot be calibrated or forecast, or has no measured volume at the visit after `calibrate_on`, is
+        listed in `failed`.
 
     Raises
     ------
     InputError
-        If no patient is left, two have the same identifier, or one has no measured volume at the visit after
-        `calibrate_on`.
+        If no patient is left, two have the same identifier, draws or `calibrate_on` are no sensible numbers, or the
+        method has a checkpoint (which is of one patient).
     """
+    for what, value, least in (("draws", draws, DRAWS), ("calibrate_on", calibrate_on, 1)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise InputError(f"study_cohort: {what} is {value!r}; expected a whole number from {least}.")
+    if getattr(method, "checkpoint", None) is not None:
+        raise InputError(
+            "study_cohort: the method's checkpoint is for the chains of one patient; leave it out. Results of finished "
+            "patients are kept in folder=..."
+        )
     solver = TorchSolver() if solver is None else solver
     method = Laplace() if method is None else method
     rows: dict[str, dict[str, np.ndarray]] = {}
@@ -232,18 +263,15 @@ def study_cohort(
         visit = patient.visits[calibrate_on] if len(patient.visits) > calibrate_on else None
         seen = None if visit is None else patient.volume_of(visit)
         if seen is None:
-            raise InputError(
-                f"study_cohort: patient {patient.id} has no measured volume at visit {calibrate_on + 1}; expected one "
-                f"to compare the forecast with. Leave the patient out, or calibrate on other visits."
-            )
+            failed[patient.id] = f"no measured volume at visit {calibrate_on + 1} to compare the forecast with"
+            continue
         where = None if folder is None else _file(Path(folder), patient, model, solver, method, calibrate_on, draws,
                                                   seed + i)  # fmt: skip
         if progress is not None:
             progress(f"{patient.id} ({i + 1})")
         try:
-            if where is not None and where.exists():
-                with np.load(where) as content:
-                    rows[patient.id] = dict(content)
+            if where is not None and (kept := _kept(where, draws)) is not None:
+                rows[patient.id] = kept
                 continue
             rows[patient.id] = _forecast(patient, model, solver, method, calibrate_on, draws, seed + i) | {
                 "observed": np.array(seen)
@@ -258,8 +286,12 @@ def study_cohort(
         why = f" The first: {next(iter(failed.values()))}" if failed else ""
         raise InputError(f"study_cohort: no forecast of any patient in {name}; expected at least one.{why}")
     told = tuple(dict(zip(r["names"].tolist(), r["features"].tolist(), strict=True)) for r in rows.values())
-    return CohortStudy(name, virtual, tuple(rows), np.stack([r["draws"] for r in rows.values()]),
-                       np.array([float(r["observed"]) for r in rows.values()]), told, failed)  # fmt: skip
+    quantity = str(next(iter(rows.values()))["quantity"])
+    return CohortStudy(
+        name, virtual, repr(model), type(method).__name__, quantity, tuple(rows),
+        np.array([float(r["ahead"]) for r in rows.values()]), np.stack([r["draws"] for r in rows.values()]),
+        np.array([float(r["observed"]) for r in rows.values()]), told, failed,
+    )  # fmt: skip
 
 
 def _forecast(patient, model, solver, method, calibrate_on: int, draws: int, seed: int) -> dict[str, np.ndarray]:
@@ -269,11 +301,40 @@ def _forecast(patient, model, solver, method, calibrate_on: int, draws: int, see
     found = forecast(fit, times=[day], draws=draws, seed=seed, curve_step=max(day, 1.0))
     told = features(fit, posterior_predictive_check(fit, REPLICATES, seed))
     # Of patients without images the errors of measured volumes are known, and part of what is seen.
-    volumes = found["measured_volume" if "measured_volume" in found.data else "volume"]
-    return {"draws": volumes.values[:, -1], "names": np.array(list(told)), "features": np.array(list(told.values()))}
+    quantity = forecast_quantity(found)
+    volumes = found[quantity].values[:, -1]
+    if len(volumes) != draws:
+        raise CalibrationError(f"only {len(volumes)} of {draws} draws are finite.")
+    return {
+        "draws": volumes,
+        "quantity": np.array(quantity),
+        "ahead": np.array(day - known.visits[-1].day),
+        "names": np.array(list(told)),
+        "features": np.array(list(told.values())),
+    }
 
 
 def _file(folder: Path, patient: Patient, *settings: object) -> Path:
     """A name that changes with the patient's data and with all settings."""
-    text = json.dumps([patient.fingerprint(), *map(repr, settings)])
-    return folder / f"{patient.id}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+    text = json.dumps([patient.id, patient.fingerprint(), *map(repr, settings)])
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", patient.id)[:40]
+    return folder / f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+
+
+def _kept(path: Path, draws: int) -> dict[str, np.ndarray] | None:
+    """A patient's result; None where there is none, or what is there is damaged."""
+    try:
+        with np.load(path) as content:
+            row = dict(content)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        return None
+    return (
+        row
+        if {"quantity", "ahead", "names", "features", "observed"} <= set(row) and row["draws"].shape == (draws,)
+        else None
+    )
+
+
+def forecast_quantity(found: Forecast) -> str:
+    """What of a forecast is compared with a measured volume: what would be measured, where its errors are known."""
+    return "measured_volume" if "measured_volume" in found.data else "volume"

@@ -310,6 +310,8 @@ def decide(
         raise InputError(f"decide: {len(regimens)} regimens given; expected at least two to compare, by label.")
     if not (math.isfinite(day) and day > last):
         raise InputError(f"decide: day {day:g}; expected one after the last calibrated visit, day {last:g}.")
+    if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
+        raise InputError(f"decide: draws is {draws!r}; expected a whole number from 1.")
     if not fit.sd.any():
         raise InputError("decide: a MAP fit has no posterior, so no probabilities; calibrate with Laplace() or NUTS().")
     for label, schedule in regimens.items():

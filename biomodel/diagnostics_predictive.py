@@ -8,7 +8,7 @@ warning, a moderate one no proof.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class PredictiveCheck:
         Misfits depend on the parameters and so differ from draw to draw; what is measured does not.
     two_sided : tuple of bool
         Whether small values are as surprising as large ones.
+    patient : str
+        Fingerprint of the patient whose data were compared; "" if not told.
     """
 
     names: tuple[str, ...]
@@ -45,12 +47,19 @@ class PredictiveCheck:
     observed: np.ndarray
     replicated: np.ndarray
     two_sided: tuple[bool, ...]
+    patient: str = ""
 
     @property
     def p(self) -> np.ndarray:
-        """Share of replicates at or above the data (ties count half), doubled to two sides where small is odd too."""
-        above = (self.replicated > self.observed).mean(1) + 0.5 * (self.replicated == self.observed).mean(1)
-        return np.where(self.two_sided, np.minimum(1.0, 2 * np.minimum(above, 1 - above)), above)
+        """Rank of the data among the replicates from above, ties half; doubled to two sides where small is odd too.
+
+        (1 + those above) / (1 + replicates): never 0, and at most as often below a level as the level says.
+        """
+        ties = 0.5 * (self.replicated == self.observed).sum(1)
+        above = 1 + (self.replicated > self.observed).sum(1) + ties
+        below = 1 + (self.replicated < self.observed).sum(1) + ties
+        count = self.replicated.shape[1] + 1
+        return np.where(self.two_sided, np.minimum(1.0, 2 * np.minimum(above, below) / count), above / count)
 
     def surprising(self, level: float = 0.01) -> tuple[str, ...]:
         """Statistics whose p-value is below `level`."""
@@ -66,14 +75,9 @@ class PredictiveCheck:
 
     def _repr_html_(self) -> str:
         rows = [(r["statistic"], f"{r['observed']:.3g}", f"{r['low']:.3g} to {r['high']:.3g}", r["units"],
-                 said(r["p"], self.observed.shape[1])) for r in self.table()]  # fmt: skip
+                 f"{r['p']:.2g}") for r in self.table()]  # fmt: skip
         head = ("statistic", "data", "90 % of replicates", "unit", "p")
         return html_table(head, rows, f"Posterior predictive check, {self.observed.shape[1]} replicates")
-
-
-def said(p: float, draws: int) -> str:
-    """A p-value in words of symbols: that no replicate was like the data does not make it 0."""
-    return f"= {p:.2g}" if p > 0 else f"< {1 / draws:.2g}"
 
 
 def posterior_predictive_check(fit: Fit, draws: int = 200, seed: int = 0) -> PredictiveCheck:
@@ -111,9 +115,8 @@ def posterior_predictive_check(fit: Fit, draws: int = 200, seed: int = 0) -> Pre
         raise InputError("posterior_predictive_check: a MAP fit has no posterior; calibrate with Laplace() or NUTS().")
     if draws < 20:
         raise InputError(f"posterior_predictive_check: draws is {draws}; a p-value needs at least 20.")
-    if fit.patient.domain.well_mixed:
-        return _volumes(fit, draws, seed)
-    return _images(fit, draws, seed)
+    found = _volumes(fit, draws, seed) if fit.patient.domain.well_mixed else _images(fit, draws, seed)
+    return replace(found, patient=fit.patient.fingerprint())
 
 
 def _gathered(rows: list[tuple[str, str, np.ndarray, np.ndarray, bool]]) -> PredictiveCheck:

@@ -20,7 +20,8 @@ LONG = 22
 
 
 def _broken(label: str) -> str:
-    """The label on two lines where it is long."""
+    """The label on two lines where it is long; a dollar is a dollar."""
+    label = label.replace("$", r"\$")
     if len(label) <= LONG or " " not in label:
         return label
     blanks = [n for n, sign in enumerate(label) if sign == " "]

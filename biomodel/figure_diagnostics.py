@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from biomodel.calibration.hierarchy import Hierarchy
 from biomodel.diagnostics_forecasts import Coverage
-from biomodel.diagnostics_predictive import PredictiveCheck, said
+from biomodel.diagnostics_predictive import PredictiveCheck
 from biomodel.diagnostics_ranks import RankStatistics
 from biomodel.errors import InputError
 from biomodel.figures import BROWN, DARK, GREY, LINES, WIDTH, styled
@@ -133,7 +133,7 @@ def replicates(check: PredictiveCheck) -> Figure:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         unit = "" if unit == "1" else f", {pretty_units(unit)}"
-        axes.set_title(f"{name}{unit}\np {said(p, len(seen))}", fontsize=7)
+        axes.set_title(f"{name}{unit}\np = {p:.2g}", fontsize=7)
     for axes in panels[len(check.names) :]:
         axes.remove()
     return figure

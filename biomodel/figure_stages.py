@@ -6,12 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from biomodel.figures import DARK, GREY, WIDTH, styled
-from biomodel.stages import LABELS, Stages
+from biomodel.stages import LABELS, TITLES, Stages
 
 __all__ = ["stages_figure"]
-
-#: What the axis of each quantity is called.
-TITLES = {"volume": "volume", "cells": "visible cells", "log_cells": "log of all cells"}
 
 
 @styled

@@ -4,6 +4,11 @@ A forecast's checked intervals say nothing of patients unlike the cohort of the 
 and change of the tumour, misfit, where the estimates lie in their prior) are compared by Mahalanobis' distance. None of
 them knows what came after the calibration.
 
+The p-value of a distance is its rank: the patient joins the cohort, everyone's distance from all the others is taken,
+and p is the share of those as far as the patient or farther. It is right whatever the features' distribution, if the
+patient comes from where the cohort does (full conformal prediction: Vovk, Gammerman and Shafer 2005, Algorithmic
+Learning in a Random World). It cannot fall below 1 / (n + 1).
+
 Covariances of few patients are shrunk to the identity of standardised features by Ledoit and Wolf's rule (2004, J
 Multivar Anal 88:365, doi:10.1016/S0047-259X(03)00096-4).
 """
@@ -17,7 +22,6 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import f as fisher
 
 from biomodel.calibration.fit import Fit
 from biomodel.diagnostics_predictive import MISFIT, PredictiveCheck
@@ -30,8 +34,8 @@ from biomodel.tables import html_table
 __all__ = ["Distance", "Reference", "features", "learn_reference"]
 
 SCHEMA = "tumorcast.reference/1"
-#: Patients from which on ranks among the reference give p-values: with fewer none could fall below 0.01.
-RANKED = 99
+#: Fewest patients of a reference: with fewer no p-value could fall below 0.05.
+FEWEST = 20
 
 
 def features(fit: Fit, check: PredictiveCheck) -> dict[str, float]:
@@ -68,7 +72,8 @@ def features(fit: Fit, check: PredictiveCheck) -> dict[str, float]:
         k = check.names.index(MISFIT)
         found["log misfit"] = float(np.log(check.observed[k].mean() / check.replicated[k].mean()))
     if not patient.domain.well_mixed:
-        found["log inflation"] = float(np.log(fit.inflation))
+        if fit.rate_map is None:  # a map's calibration inflates nothing
+            found["log inflation"] = float(np.log(fit.inflation))
         for name, visit in (("first", first), ("last", last)):
             view = observe(patient, visit)
             if view is not None and view.fraction is not None:
@@ -89,9 +94,7 @@ class Distance:
     squared : float
         Mahalanobis' distance, squared.
     p : float
-        Probability that a patient of the reference lies as far or farther.
-    by : str
-        What p rests on: "ranks" among the cohort, or "F", Hotelling's law for normal features.
+        Share of patients of the reference, the patient counted in, that lie as far or farther.
     apart : mapping of str to float
         Each feature in standard deviations from the cohort's mean, the farthest first.
     cohort : str
@@ -99,7 +102,6 @@ class Distance:
 
     squared: float
     p: float
-    by: str
     apart: Mapping[str, float]
     cohort: str
 
@@ -111,33 +113,23 @@ class Reference:
     Attributes
     ----------
     names : tuple of str
-    mean, sd : ndarray, shape (p,)
-    correlation : ndarray, shape (p, p)
-        Of the standardised features, shrunk.
-    distances : ndarray, shape (n,)
-        Squared distance of each patient of the cohort from the others, rising (each left out in turn).
+    rows : ndarray, shape (n, p)
+        Features of each patient.
     cohort : str
     virtual : bool
     """
 
     names: tuple[str, ...]
-    mean: np.ndarray
-    sd: np.ndarray
-    correlation: np.ndarray
-    distances: np.ndarray
+    rows: np.ndarray
     cohort: str
     virtual: bool
 
     @property
     def patients(self) -> int:
-        return len(self.distances)
+        return len(self.rows)
 
     def distance(self, found: Mapping[str, float]) -> Distance:
-        """Distance of a patient by `features`.
-
-        With `RANKED` or more patients p is the rank among the cohort's own distances, (1 + those as far) / (n + 1),
-        whatever the features' distribution (conformal p-value: Vovk, Gammerman and Shafer 2005); with fewer,
-        D² n (n - p) / (p (n² - 1)) is taken as F(p, n - p), as if features were normal and not shrunk.
+        """Distance of a patient by `features`, with its rank among those of the cohort.
 
         Raises
         ------
@@ -150,15 +142,14 @@ class Reference:
                 f"distance from {self.cohort}: no finite value of {', '.join(missing)}; expected the reference's "
                 "features. Compare with a cohort of the same model and the same kind of data."
             )
-        apart = (np.array([found[n] for n in self.names]) - self.mean) / self.sd
-        squared = float(apart @ np.linalg.solve(self.correlation, apart))
-        n, p = self.patients, len(self.names)
-        if n >= RANKED:
-            value, by = (1 + int((self.distances >= squared).sum())) / (n + 1), "ranks"
-        else:
-            value, by = float(fisher.sf(squared * n * (n - p) / (p * (n**2 - 1)), p, n - p)), "F"
+        patient = np.array([found[n] for n in self.names])
+        mean, sd, _ = shape_of(self.rows)
+        apart, squared = (patient - mean) / sd, _squared(patient, self.rows)
+        everyone = np.vstack((self.rows, patient))
+        others = [_squared(row, np.delete(everyone, i, 0)) for i, row in enumerate(self.rows)]
+        p = (1 + sum(d >= squared for d in others)) / (self.patients + 1)
         order = np.argsort(-np.abs(apart))
-        return Distance(squared, value, by, {self.names[i]: float(apart[i]) for i in order}, self.cohort)
+        return Distance(squared, float(p), {self.names[i]: float(apart[i]) for i in order}, self.cohort)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write as JSON.
@@ -169,8 +160,7 @@ class Reference:
             If the file cannot be written.
         """
         content = {"schema": SCHEMA, "cohort": self.cohort, "virtual": self.virtual, "patients": self.patients,
-                   "names": self.names, "mean": self.mean.tolist(), "sd": self.sd.tolist(),
-                   "correlation": self.correlation.tolist(), "distances": self.distances.tolist()}  # fmt: skip
+                   "names": self.names, "rows": self.rows.tolist()}  # fmt: skip
         with atomic_write(path) as target:
             target.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -188,12 +178,10 @@ class Reference:
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']!r}")
             names = tuple(map(str, content["names"]))
-            columns = ("mean", "sd", "correlation", "distances")
-            mean, sd, correlation, distances = (frozen_array(content[n], float) for n in columns)
-            p = len(names)
-            if [a.shape for a in (mean, sd, correlation)] != [(p,), (p,), (p, p)] or distances.ndim != 1:
-                raise ValueError("shapes that do not belong together")
-            return cls(names, mean, sd, correlation, distances, str(content["cohort"]), bool(content["virtual"]))
+            rows = frozen_array(content["rows"], float)
+            if rows.ndim != 2 or rows.shape[1] != len(names) or len(rows) < FEWEST or not np.isfinite(rows).all():
+                raise ValueError(f"rows of shape {rows.shape} for {len(names)} features")
+            return cls(names, rows, str(content["cohort"]), bool(content["virtual"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: not a reference cohort ({type(error).__name__}: {error}); expected JSON of {SCHEMA}, as "
@@ -201,7 +189,8 @@ class Reference:
             ) from None
 
     def _repr_html_(self) -> str:
-        rows = [(n, f"{m:.3g}", f"{s:.3g}") for n, m, s in zip(self.names, self.mean, self.sd, strict=True)]
+        mean, sd, _ = shape_of(self.rows)
+        rows = [(n, f"{m:.3g}", f"{s:.3g}") for n, m, s in zip(self.names, mean, sd, strict=True)]
         kind = ", virtual" if self.virtual else ""
         return html_table(("feature", "mean", "sd"), rows, f"{self.patients} patients of {self.cohort}{kind}")
 
@@ -226,31 +215,32 @@ def learn_reference(rows: Sequence[Mapping[str, float]], *, cohort: str, virtual
     ------
     InputError
         If patients differ in their features, one is not finite or alike in all, or patients are fewer than features
-        plus 5.
+        plus 5, or than `FEWEST`.
     """
     names = tuple(rows[0]) if rows else ()
     if not names or any(set(r) != set(names) for r in rows):
         raise InputError("learn_reference: patients have different features, or none; expected the same of all.")
     x = np.array([[r[n] for n in names] for r in rows], float)
     n, p = x.shape
-    if n < p + 5:
-        raise InputError(f"learn_reference: {n} patients for {p} features; expected at least {p + 5}. Gather more.")
+    least = max(p + 5, FEWEST)
+    if n < least:
+        raise InputError(f"learn_reference: {n} patients for {p} features; expected at least {least}. Gather more.")
     if not np.isfinite(x).all():
         raise InputError("learn_reference: a feature is not finite; leave the patient out.")
     same = [name for name, s in zip(names, x.std(0), strict=True) if not s > 0]
     if same:
         raise InputError(f"learn_reference: {', '.join(same)} is the same in all patients; leave the feature out.")
-    mean, sd, correlation = _shape(x)
-    left = np.empty(n)
-    for i in range(n):
-        m, s, c = _shape(np.delete(x, i, 0))
-        z = (x[i] - m) / s
-        left[i] = z @ np.linalg.solve(c, z)
-    mean, sd, correlation, left = (frozen_array(a, float) for a in (mean, sd, correlation, np.sort(left)))
-    return Reference(names, mean, sd, correlation, left, cohort, bool(virtual))
+    return Reference(names, frozen_array(x, float), cohort, bool(virtual))
 
 
-def _shape(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _squared(row: np.ndarray, others: np.ndarray) -> float:
+    """Squared Mahalanobis distance of features (p,) from those of others (n, p)."""
+    mean, sd, correlation = shape_of(others)
+    z = (row - mean) / sd
+    return float(z @ np.linalg.solve(correlation, z))
+
+
+def shape_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, sd, and correlation shrunk to the identity by Ledoit and Wolf's rule, of features (n, p)."""
     n, p = x.shape
     mean, sd = x.mean(0), x.std(0, ddof=1)

@@ -37,13 +37,14 @@ import numpy as np
 from biomodel.calibration.calibrate import Comparison
 from biomodel.calibration.fit import Fit
 from biomodel.errors import CalibrationError, InputError
+from biomodel.forecast import LONGEST
 from biomodel.schedule import Schedule
 from biomodel.solvers.torch import TorchSolver
 from biomodel.stage_chain import STAGES, Answer, Chain, Errors, Setting, course
 from biomodel.stage_errors import DrugMapError, TreatmentError
 from biomodel.tables import html_table
 
-__all__ = ["LABELS", "QUANTITIES", "Share", "Stages", "stages"]
+__all__ = ["LABELS", "QUANTITIES", "TITLES", "Share", "Stages", "stages"]
 
 #: What a reader calls each stage.
 LABELS: Mapping[str, str] = {
@@ -54,6 +55,8 @@ LABELS: Mapping[str, str] = {
 #: Quantities of a forecast, with their units. The logarithm is of all cells, also those too sparse to be seen: it is
 #: never without value, and errors that multiply add up in it.
 QUANTITIES: Mapping[str, str] = {"volume": "cm^3", "cells": "1", "log_cells": "1"}
+#: What a reader calls each quantity.
+TITLES: Mapping[str, str] = {"volume": "volume", "cells": "visible cells", "log_cells": "log of all cells"}
 #: Errors of treatment and drug map where a caller states none: working values.
 TREATMENT, DRUG_MAP = TreatmentError(), DrugMapError()
 #: Resamples behind an interval.
@@ -136,6 +139,11 @@ class Stages:
         a, b, _, _ = self._of(quantity)
         return np.concatenate((a, b))
 
+    @property
+    def telling(self) -> str:
+        """The volume, or the logarithm of all cells where no draw has any volume, which then does not vary."""
+        return "volume" if self.variance("volume") > 0 else "log_cells"
+
     def variance(self, quantity: str = "volume") -> float:
         """Variance of the forecast, in the quantity's unit squared."""
         return float(self.values(quantity).var())
@@ -174,9 +182,11 @@ class Stages:
         return tuple(rows)
 
     def _repr_html_(self) -> str:
-        rows = [(s.label, f"{s.contribution:.0%}", f"{s.low:.0%} to {s.high:.0%}") for s in self.table()]
+        quantity = self.telling
+        rows = [(s.label, f"{s.contribution:.0%}", f"{s.low:.0%} to {s.high:.0%}") for s in self.table(quantity)]
         rows += [(LABELS[n], "–", why) for n, why in self.absent.items()]
-        title = f"Where the variance of the volume on day {self.day:g} comes from, {self.fits[0].patient.id}"
+        patient = self.fits[0].patient.id
+        title = f"Where the variance of the {TITLES[quantity]} on day {self.day:g} comes from, {patient}"
         return html_table(("stage", "share of the variance", "90 % interval"), rows, title)
 
 
@@ -341,10 +351,13 @@ def _check(fits: tuple[Fit, ...], until: float, draws: int) -> None:
         raise CalibrationError("stages: a fit holds a map of the growth rate; calibrate with Laplace().")
     if not all(isinstance(f.solver, TorchSolver) for f in fits):
         raise CalibrationError("stages: needs fits by a TorchSolver.")
-    if not until >= patient.visits[-1].day:
-        last = patient.visits[-1].day
-        raise InputError(f"stages: day {until:g} lies before the last calibrated visit, day {last:g}.")
-    if isinstance(draws, bool) or draws != int(draws) or draws < 10:
+    last = patient.visits[-1].day
+    if not last <= until <= patient.visits[0].day + LONGEST:
+        raise InputError(
+            f"stages: until is day {until:g}; expected one from the last calibrated visit, day {last:g}, and within "
+            f"{LONGEST:g} days of the first."
+        )
+    if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 10:
         raise InputError(f"stages: draws is {draws!r}; expected a whole number from 10.")
 
 

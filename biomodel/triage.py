@@ -7,8 +7,8 @@ threshold is not of a source it is a working choice; how the classes then fared 
 =============================  ==========================================  ======================================
 question                       review                                      not usable
 =============================  ==========================================  ======================================
-like the reference cohort?     p of its distance below 0.05: one in        p below 0.01: one in a hundred of
-                               twenty of the cohort itself                 the cohort itself
+like the reference cohort?     p of its distance below 0.05: one in        p of 0.01 or less: one in a hundred
+                               twenty of the cohort itself                 of it (needs 99 patients)
 could the model have made      p below 0.01 of a volume; of residuals      never by itself: p-values of fitted
 its data?                      too, without a reference cohort             data are no exact ones
 do model and images agree?     inflation of the noise above 3              above 6, twice that
@@ -16,7 +16,8 @@ do model and images agree?     inflation of the noise above 3              above
 did the calibration end?       not converged                               --
 did the data teach anything?   no parameter was identified                 --
 does it say anything?          90 % of the volume holds both a partial     --
-                               response and progression (see `RESPONSE`)
+                               response and progression (see `RESPONSE`),
+                               or a tumour where none was seen last
 =============================  ==========================================  ======================================
 """
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from biomodel.calibration.calibrate import DOUBTFUL
 from biomodel.calibration.fit import Fit
-from biomodel.diagnostics_predictive import MISFIT, WORST, PredictiveCheck, said
+from biomodel.diagnostics_predictive import MISFIT, WORST, PredictiveCheck
 from biomodel.errors import InputError
 from biomodel.forecast import Forecast
 from biomodel.out_of_distribution import Distance
@@ -45,6 +46,8 @@ UNLIKE, ALIEN = 0.05, 0.01
 SURPRISING = 0.01
 #: Inflation of the noise beyond which model and images have nothing to say to each other.
 HOPELESS = 2 * DOUBTFUL
+#: Fewest draws that make an interval.
+DRAWS = 20
 #: RECIST's partial response and progression, 30 % less and 20 % more of the longest diameter, as ratios of volumes of
 #: the same shape (Eisenhauer et al. 2009, doi:10.1016/j.ejca.2008.10.026).
 RESPONSE, PROGRESSION = 0.7**3, 1.2**3
@@ -67,9 +70,12 @@ class Triage:
     ----------
     findings : tuple of Finding
         One for each question.
+    patient : str
+        Fingerprint of the patient; "" if not told.
     """
 
     findings: tuple[Finding, ...]
+    patient: str = ""
 
     @property
     def verdict(self) -> str:
@@ -105,9 +111,15 @@ def triage(forecast: Forecast, check: PredictiveCheck | None = None, distance: D
     Raises
     ------
     InputError
-        If the forecast's last day is not after the calibration.
+        If the forecast's last day is not after the calibration, or the check is of another patient.
     """
     fit = forecast.fit
+    patient = fit.patient.fingerprint()
+    if check is not None and check.patient not in ("", patient):
+        raise InputError(
+            f"triage: the predictive check is of another patient (or other data) than the forecast of {fit.patient.id};"
+            " expected posterior_predictive_check(forecast.fit)."
+        )
     if not forecast.times[-1] > fit.patient.visits[-1].day:
         raise InputError(
             f"triage: the forecast of {fit.patient.id} ends on day {forecast.times[-1]:g}, the calibration on day "
@@ -115,10 +127,17 @@ def triage(forecast: Forecast, check: PredictiveCheck | None = None, distance: D
         )
     now = [v for v in map(fit.patient.volume_of, fit.patient.visits) if v is not None][-1]
     draws = forecast.data["volume"].values[:, -1]
+    volumes = fit.patient.volumes
+    floor = volumes.floor if fit.patient.domain.well_mixed and volumes else 0.0
     findings = [like_the_cohort(distance), could_have_made(check, distance is not None)]
     if not fit.patient.domain.well_mixed:
-        findings.append(agrees(fit.inflation))
-    return Triage((*findings, *ended_and_taught(fit), says_something(draws, now)))
+        findings.append(agrees(fit.inflation) if fit.rate_map is None else UNASKED)
+    return Triage((*findings, *ended_and_taught(fit), says_something(draws, now, floor)), patient)
+
+
+#: What a map of the growth rate leaves open: it can follow any image.
+UNASKED = Finding("Do model and images agree?", REVIEW, "Not asked: a map of the growth rate follows the images, and "
+                  "its misfit is not computed. Look at the inflation of the fit without a map.")  # fmt: skip
 
 
 def like_the_cohort(distance: Distance | None) -> Finding:
@@ -126,12 +145,12 @@ def like_the_cohort(distance: Distance | None) -> Finding:
     question = "Is the patient like those the model was checked on?"
     if distance is None:
         return Finding(question, REVIEW, "Nobody has checked whether forecasts hold for patients like this one.")
-    verdict = NOT_USABLE if distance.p < ALIEN else REVIEW if distance.p < UNLIKE else USABLE
+    verdict = NOT_USABLE if distance.p <= ALIEN else REVIEW if distance.p < UNLIKE else USABLE
     if verdict == USABLE:
         return Finding(question, verdict, f"Like those of {distance.cohort} (p = {distance.p:.2g}).")
     farthest = ", ".join(f"{n} ({z:+.1f} sd)" for n, z in list(distance.apart.items())[:3])
     reason = (
-        f"Unlike the patients of {distance.cohort}: {distance.p:.1%} of them lie as far from the others. Farthest off: "
+        f"Unlike the patients of {distance.cohort}: p = {distance.p:.2g} for one as far from the others. Farthest off: "
         f"{farthest}. What was found on them need not hold here."
     )
     return Finding(question, verdict, reason)
@@ -141,17 +160,21 @@ def could_have_made(check: PredictiveCheck | None, reference: bool = False) -> F
     """Whether the fitted model could have made its data.
 
     With a reference cohort the residuals' misfit is one of the features compared with it, which is the better judge: a
-    third of *right* models (virtual, matched) have residuals of images that surprise them.
+    third of *right* models (virtual, matched) have residuals of images that surprise them. A p-value cannot be smaller
+    than the replicates allow: 200 of them see what happens once in a hundred.
     """
     question = "Could the fitted model have made the data?"
     if check is None:
         return Finding(question, REVIEW, "The fitted model was not compared with its data.")
     judged = [(n, p) for n, p in zip(check.names, check.p, strict=True) if not (reference and n in (MISFIT, WORST))]
     odd = [(n, p) for n, p in judged if p < SURPRISING]
+    draws = check.replicated.shape[1]
+    if not odd and not reference and 2 / (draws + 1) > SURPRISING:
+        return Finding(question, REVIEW, f"Nothing odd in {draws} replicates, which are too few to see what a right "
+                       "model does less than once in a hundred times; make 200.")  # fmt: skip
     if not odd:
         return Finding(question, USABLE, "Data made by the fitted model look like the patient's.")
-    draws = check.observed.shape[1]
-    named = ", ".join(f"{n} (p {said(float(p), draws)})" for n, p in odd)
+    named = ", ".join(f"{n} (p = {p:.2g})" for n, p in odd)
     return Finding(question, REVIEW, f"Data made by the fitted model hardly ever look like the patient's in: {named}.")
 
 
@@ -172,18 +195,33 @@ def ended_and_taught(fit: Fit) -> Sequence[Finding]:
     ended = Finding("Did the calibration end well?", USABLE, "It converged.")
     if not fit.converged:
         ended = Finding(ended.question, REVIEW, f"It stopped after {fit.iterations} iterations without converging.")
+    if not fit.sd.any():
+        return ended, Finding("Did the data teach anything?", REVIEW, "Not known: this method computes no posterior.")
     learned = [n for n in fit.identified if n in fit.model.free]
     taught = Finding("Did the data teach anything?", USABLE, f"They informed {', '.join(learned)}.")
     if not learned:
-        taught = Finding(taught.question, REVIEW, "No parameter is much better known than before: the forecast is "
-                         "that for patients in general.")  # fmt: skip
+        taught = Finding(taught.question, REVIEW, "No parameter by itself is much better known than before; the "
+                         "forecast rests on the tumour as measured, and on what parameters do together.")  # fmt: skip
     return ended, taught
 
 
-def says_something(draws: np.ndarray, now: float) -> Finding:
-    """Whether the forecast tells response from progression: volumes (draws,) against the last measured one, cm³."""
+def says_something(draws: np.ndarray, now: float, floor: float = 0.0) -> Finding:
+    """Whether the forecast tells response from progression: volumes (draws,) against the last measured one, cm³.
+
+    At `floor` and below no tumour is seen.
+    """
     question = "Does the forecast tell response from progression?"
+    if len(draws) < DRAWS:
+        return Finding(question, REVIEW, f"Not known from {len(draws)} draws; make at least {DRAWS}.")
     low, high = np.quantile(draws, [0.05, 0.95])
+    if now <= floor and high > floor:
+        reason = (
+            f"No: no tumour was seen last, and its 90 % interval goes up to {high:.2g} cm³, so that it does not tell "
+            "whether one is seen again."
+        )
+        return Finding(question, REVIEW, reason)
+    if now <= floor:
+        return Finding(question, USABLE, "No visible tumour, neither last nor in 95 % of its draws.")
     if low < RESPONSE * now and high > PROGRESSION * now:
         reason = (
             f"No: its 90 % interval, {low:.2g} to {high:.2g} cm³, holds both a partial response and progression of the "

@@ -10,11 +10,11 @@ import numpy as np
 
 from biomodel.calibration.fit import Fit
 from biomodel.calibration.samples import Chains
-from biomodel.cohort_study import CohortStudy, Evidence
+from biomodel.cohort_study import DRAWS, CohortStudy, Evidence, forecast_quantity
 from biomodel.conformal_scores import fewest
 from biomodel.decisions import NOT_ADVICE, Decision
 from biomodel.diagnostics_forecasts import LEVELS
-from biomodel.diagnostics_predictive import PredictiveCheck, said
+from biomodel.diagnostics_predictive import PredictiveCheck
 from biomodel.errors import InputError
 from biomodel.forecast import Forecast
 from biomodel.report_blocks import (
@@ -30,7 +30,7 @@ from biomodel.report_blocks import (
     pretty_units,
     short,
 )
-from biomodel.stages import LABELS, Stages
+from biomodel.stages import LABELS, TITLES, Stages
 from biomodel.triage import NOT_USABLE, REVIEW, USABLE, Triage
 
 __all__ = [
@@ -53,6 +53,10 @@ VERDICTS = {
 TOGETHER = 0.7
 #: Share of the variance from which a stage is named in the words.
 MATTERS = 0.1
+#: Width of the interval of the shares' sum from which they are said to be rough.
+ROUGH = 0.5
+#: Days by which a forecast may reach farther or less far than those of a study.
+NEAR = 3.0
 #: Unknowns of measurement and start, of which a reader of the posterior need not hear one by one.
 NUISANCES = ("adc_shift.", "grid.", "initial.", "edge.", "region_shift.", "misalignment.")
 
@@ -94,14 +98,26 @@ def uncertainty_pages(
     Raises
     ------
     InputError
-        If an object is of another patient than the forecast.
+        If an object is of another patient than the forecast, or the study of another model or method.
     """
     fit = forecast.fit
+    own = fit.patient.fingerprint()
+    for name, held in (("check", check), ("triage", triage)):
+        if held is not None and held.patient not in ("", own):
+            raise InputError(
+                f"uncertainty_pages: {name} is of another patient (or other data) than the forecast of "
+                f"{fit.patient.id}; expected both of one fit."
+            )
+    if study is not None and (study.model, study.method) != (repr(fit.model), fit.method):
+        raise InputError(
+            f"uncertainty_pages: the study of {study.name} calibrated {study.model} by {study.method}, this forecast "
+            f"{fit.model!r} by {fit.method}; expected the same, or it is no evidence. Study the cohort with this model."
+        )
     mapped = fit if rate_map is None and fit.rate_map is not None else rate_map
     others = {"stages": None if stages is None else stages.fits[0], "decision": None if decision is None else
               decision.fit, "rate_map": mapped}  # fmt: skip
     for name, other in others.items():
-        if other is not None and other.patient.fingerprint() != fit.patient.fingerprint():
+        if other is not None and other.patient.fingerprint() != own:
             raise InputError(
                 f"uncertainty_pages: {name} is of patient {other.patient.id} (or other data of them) and the forecast "
                 f"of {fit.patient.id}; expected the same record. Compute both from one fit's patient."
@@ -136,16 +152,15 @@ def posterior_page(fit: Fit, check: PredictiveCheck | None = None) -> Section:
     """Prior and posterior of each parameter, which of them the data cannot tell apart, and whether the model fits."""
     from biomodel.figure_posterior import correlations, marginals
 
+    data = _data(fit)
     identified = [n for n in fit.identified if not n.startswith(NUISANCES)]
     silent = [n for n in fit.names if n not in fit.identified and not n.startswith(NUISANCES)]
-    words = (
-        "Dashed: what was believed of each parameter before this patient's images. Bars: what is believed after them."
-    )
+    words = f"Dashed: what was believed of each parameter before this patient's {data}. Bars: what is believed after."
     words += (
-        f" The images informed {', '.join(identified)}." if identified else " The images informed no parameter much."
+        f" The {data} informed {', '.join(identified)}." if identified else f" The {data} informed none of them much."
     )
     if silent:
-        words += f" Of {', '.join(silent)} they said little: there the forecast is that for patients in general."
+        words += f" Of {', '.join(silent)}, each by itself, they said little."
     blocks: list[Block] = [
         Text(words),
         Picture.of(marginals(fit), "Prior (dashed) and posterior (bars) of each calibrated parameter.",
@@ -153,11 +168,10 @@ def posterior_page(fit: Fit, check: PredictiveCheck | None = None) -> Section:
     ]  # fmt: skip
     if len(fit.names) > 1:
         close = _together(fit)
-        told = (
-            "The images cannot tell these apart, only what they do together: " + "; ".join(close) + "."
-            if close
-            else "No two parameters are strongly confounded by these data."
-        )
+        if close:
+            told = f"The {data} cannot tell these apart, only what they do together: " + "; ".join(close) + "."
+        else:
+            told = "No two of them are strongly correlated; more than two may still be known together alone."
         blocks += [Text(told), Picture.of(correlations(fit), "Correlation of each pair of parameters in the posterior. "
                                           "Near 1 or −1 only the two together are known.", told)]  # fmt: skip
     blocks += _notes(fit.notes, fit)
@@ -165,7 +179,12 @@ def posterior_page(fit: Fit, check: PredictiveCheck | None = None) -> Section:
         blocks.append(_chains(fit, fit.samples.chains))
     if check is not None:
         blocks.append(_check(check))
-    return Section("What the images taught the model", tuple(blocks))
+    return Section(f"What the {data} taught the model", tuple(blocks))
+
+
+def _data(fit: Fit) -> str:
+    """What the fit rests on, in a word."""
+    return "volumes" if fit.patient.domain.well_mixed else "images"
 
 
 def _chains(fit: Fit, chains: Chains) -> Table:
@@ -198,7 +217,7 @@ def _check(check: PredictiveCheck) -> Block:
     told = f"Surprising: {', '.join(odd)}." if odd else "Nothing here would surprise somebody who believed the model."
     rows = tuple(
         (r["statistic"], number(r["observed"]), interval(r["low"], r["high"]), pretty_units(r["units"]) or "1",
-         said(r["p"], check.observed.shape[1]).lstrip("= "))
+         number(r["p"], 2))
         for r in check.table()
     )  # fmt: skip
     return Table(
@@ -232,15 +251,20 @@ def stages_page(found: Stages) -> Section:
     """Which stage of the chain from scanner to forecast the uncertainty comes from."""
     from biomodel.figure_stages import stages_figure
 
-    rows = found.table()
+    quantity = found.telling
+    rows = found.table(quantity)
     first = sorted((r for r in rows if r.contribution >= MATTERS), key=lambda r: -r.contribution)
     told = ", ".join(f"{r.label} ({percent(min(r.contribution, 1.0))})" for r in first)
-    total, low, high = found.sum()
+    total, low, high = found.sum(quantity)
+    unit = " cm³" if quantity == "volume" else ""
     words = (
-        f"The forecast volume on day {short(found.day)} has a standard deviation of "
-        f"{number(found.variance() ** 0.5)} cm³. Most of it comes from: {told or 'no single stage'}. To make the "
-        "forecast surer, that is where to measure better; gains elsewhere would hardly show."
+        f"On day {short(found.day)} the forecast's {TITLES[quantity]} has a standard deviation of "
+        f"{number(found.variance(quantity) ** 0.5)}{unit}. Stages with a tenth of its variance or more: "
+        f"{told or 'none'}. The forecast gains most where the largest of these becomes better known: a measurement by "
+        "measuring better, a prior by learning from other patients."
     )
+    if quantity != "volume":
+        words += " No draw has any visible volume, so all cells are counted, however sparse."
     table = Table(
         "Share of the variance by stage, with 90 % intervals from the finite number of draws. Known alone: what would "
         "go if this error, and nothing else, became known.",
@@ -250,11 +274,11 @@ def stages_page(found: Stages) -> Section:
     )  # fmt: skip
     blocks: list[Block] = [
         Text(words),
-        Picture.of(stages_figure(found), "Share of the variance of the forecast volume, from the scanner down to the "
-                   "forecast.", words),
+        Picture.of(stages_figure(found, quantity), "Share of the variance, from scanner to forecast.", words),
         table,
         Text(f"The shares sum to {100 * total:.0f} % (90 % interval {100 * low:.0f} to {100 * high:.0f} %); in a "
-             "perfect count they sum to 100 %."),
+             "perfect count they sum to 100 %." + (" The interval is wide: more draws would tell more."
+                                                   if high - low > ROUGH else "")),
     ]  # fmt: skip
     if found.absent:
         blocks.append(Listing(tuple(f"{LABELS[n]}: {why}" for n, why in found.absent.items())))
@@ -294,10 +318,14 @@ def _coverage(found: Evidence) -> Table:
         (percent(level), percent(held), percent(after.get(level)), f"{100 * low:.0f} to {100 * high:.0f} %")
         for level, held, low, high in zip(before.levels, before.observed, before.low, before.high, strict=True)
     )
+    adjusted = (
+        ""
+        if found.after is None
+        else f", {number(found.crps_after)} cm³ adjusted, that is, moved by the errors of the cohort's other patients"
+    )
     return Table(
-        f"How often intervals held the measured volume. Adjusted: moved by the errors of the cohort's other patients. "
-        f"Mean CRPS (smaller is better): {number(found.crps_before)} cm³ as forecast, {number(found.crps_after)} cm³ "
-        "adjusted.",
+        f"How often intervals held the measured volume. Mean CRPS (smaller is better): {number(found.crps_before)} cm³ "
+        f"as forecast{adjusted}.",
         ("interval", "held", "held, adjusted", "right intervals"), rows,
     ).without_empty()  # fmt: skip
 
@@ -307,21 +335,36 @@ def _adjusted(forecast: Forecast, study: CohortStudy) -> Block:
     levels = [a for a in LEVELS if fewest(a) <= n]
     if not levels:
         return Text(f"{n} patients are too few to adjust an interval by; {fewest(0.9)} allow one of 90 %.")
-    # As the study compared: what is measured where errors of volumes are known, the volume itself where not.
-    draws = forecast["measured_volume" if "measured_volume" in forecast.data else "volume"].values
+    if forecast.draws < DRAWS:
+        return Text(f"{forecast.draws} draws are too few to adjust; make at least {DRAWS}.")
+    draws = forecast[forecast_quantity(forecast)].values
+    ahead = forecast.times - fit.patient.visits[-1].day
+    low, high = study.ahead.min() - NEAR, study.ahead.max() + NEAR
+    near = np.flatnonzero((ahead > 1e-9) & (ahead >= low) & (ahead <= high))
+    if not len(near):
+        return Text(f"The cohort was forecast {short(study.ahead.min())} to {short(study.ahead.max())} days ahead, and "
+                    "this patient not: no interval can be adjusted by its errors.")  # fmt: skip
     learned, rows = study.adjustment(), []
-    for k in np.flatnonzero(forecast.times > fit.patient.visits[-1].day + 1e-9):
+    for k in near:
         for level in levels:
             tails = [(1 - level) / 2, (1 + level) / 2]
-            low, high = learned.interval(draws[:, k], level)
+            bottom, top = learned.interval(draws[:, k], level)
             rows.append((short(float(forecast.times[k])), percent(level), interval(*np.quantile(draws[:, k], tails)),
-                         interval(float(low), float(high))))  # fmt: skip
+                         interval(float(bottom), float(top))))  # fmt: skip
     return Table(
         f"This forecast, volume in cm³. Adjusted intervals hold at least as often as they say, on average over "
-        f"patients like the {n} of {study.name}{' (virtual)' if study.virtual else ''}, seen at the same visits; of "
+        f"patients like the {n} of {study.name}{' (virtual)' if study.virtual else ''}, forecast as far ahead; of "
         "one patient alone, or one unlike these, nothing is promised.",
         ("day", "interval", "as forecast", "adjusted"), tuple(rows), texts=2,
     )  # fmt: skip
+
+
+def _chance(share: float, draws: int) -> str:
+    """A probability from draws, without claiming more than so many of them can tell."""
+    end = 100 / (draws + 1)
+    if share <= 0 or share >= 1:
+        return f"< {number(end, 2)} %" if share <= 0 else f"> {number(100 - end, 3)} %"
+    return percent(share)
 
 
 def decision_page(found: Decision) -> Section:
@@ -329,19 +372,21 @@ def decision_page(found: Decision) -> Section:
     from biomodel.figure_decisions import regimens
 
     best, chance = max(found.least().items(), key=lambda item: item[1])
+    draws = len(found.values(best))
     what, fewest_of = ("cells", "fewest tumour cells") if found.quantity == "cells" else ("cm³", "the least volume")
     words = (
         f'The same draws went through {len(found.labels)} regimens. On day {short(found.day)} "{best}" leaves '
-        f"{fewest_of} with probability {percent(chance)}. {NOT_ADVICE}"
+        f"{fewest_of} with probability {_chance(chance, draws)}. {NOT_ADVICE}"
     )
     rows = []
     least, gone = found.least(), found.gone()
     for label in found.labels:
         doses = "; ".join(f"{t.doses} × {t.agent}" for t in found.totals(label) if t.doses) or "none"
         low, middle, high = np.quantile(found.values(label, "volume"), [0.05, 0.5, 0.95])
-        rows.append((label, doses, number(middle), interval(low, high), percent(gone[label]), percent(least[label])))
+        rows.append((label, doses, number(middle), interval(low, high), _chance(gone[label], draws),
+                     _chance(least[label], draws)))  # fmt: skip
     pairs = tuple(
-        (f"{p.first} against {p.second}", percent(p.probability), f"± {100 * p.error:.0f} %",
+        (f"{p.first} against {p.second}", _chance(p.probability, draws), f"± {100 * p.error:.0f} %",
          "–" if np.isnan(p.ratio) else f"{number(p.ratio)} ({interval(p.ratio_low, p.ratio_high)})")
         for p in found.pairs()
     )  # fmt: skip

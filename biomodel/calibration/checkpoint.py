@@ -76,7 +76,7 @@ class ChainFile:
             with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
             fingerprint, state = str(arrays.pop("fingerprint")), json.loads(str(arrays.pop("state")))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             what = f"{self.path}: cannot be read ({error}); expected a chain's draws."
             raise CalibrationError(f"{what} {remedy}") from None
         if fingerprint != self.fingerprint:

@@ -57,7 +57,7 @@ class Posterior(Protocol):
 
 def _whole(what: str, **numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or value != int(value) or value < least:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise CalibrationError(f"{what}: {name} is {value!r}; expected a whole number from {least}.")
 
 
@@ -127,7 +127,8 @@ class SMC:
 
     Particles drawn from the prior are carried to the posterior by raising the likelihood to powers from 0 to 1 (Del
     Moral, Doucet and Jasra 2006, J R Stat Soc B 68:411, doi:10.1111/j.1467-9868.2006.00553.x), by PyMC, with
-    independent Metropolis-Hastings moves. For models whose solver gives no gradients; where there are gradients, NUTS
+    independent Metropolis-Hastings moves. A run is short and keeps no checkpoint: one that was interrupted starts anew.
+    For models whose solver gives no gradients; where there are gradients, NUTS
     needs far fewer runs of the model.
 
     Parameters
@@ -219,13 +220,15 @@ def sample_smc(density: Posterior, method: SMC, progress: Callable[[str], None] 
 def _refuse_unmixed(chains: Chains, what: str, kept: bool) -> None:
     worst = np.nan_to_num(chains.r_hat, nan=1.0).max()
     if not np.isfinite(chains.z).all() or worst > UNMIXED or (chains.z.std((0, 1)) == 0).any():
+        more = "Raise draws, threshold or correlation"
         where = "; the checkpoint keeps the draws, and more of them continue it" if kept else ""
+        if what == "NUTS":
+            more = f"Raise tune and draws{where}; raise target_accept to 0.95 where there are divergences"
         raise CalibrationError(
             f"{what}: the chains have not mixed (R-hat {worst:.3f}, where {UNMIXED} is the most that is accepted; "
-            f"{chains.divergences} divergences), so that they are no draws of the posterior. Raise tune and draws"
-            f"{where}; raise target_accept to 0.95 where there are divergences; fix or narrow parameters that the data "
-            "do not tell apart (the notes of a Laplace fit name them); or look for two separate optima with other "
-            "starts."
+            f"{chains.divergences} divergences), so that they are no draws of the posterior. {more}; fix or narrow "
+            "parameters that the data do not tell apart (the notes of a Laplace fit name them); or look for two "
+            "separate optima with other starts."
         )
 
 
@@ -240,10 +243,11 @@ def advice(names: tuple[str, ...], chains: Chains) -> list[str]:
             f"The chains have hardly mixed: R-hat of {names[int(chains.r_hat.argmax())]} is {worst:.3f} (it should be "
             f"below {MIXED}). Take intervals with care; raise tune and draws."
         )
+    whole = "The single chain is" if count == 1 else f"The {count} chains are"
     for kind, sizes in (("bulk", chains.bulk), ("tail", chains.tail)):
         if sizes.min() < ENOUGH * count:
             found.append(
-                f"The {count} chains are worth {sizes.min():.0f} independent draws ({kind}, "
+                f"{whole} worth {sizes.min():.0f} independent draws ({kind}, "
                 f"{names[int(sizes.argmin())]}); smooth intervals need {ENOUGH} for each chain. Raise draws."
             )
     if chains.divergences:

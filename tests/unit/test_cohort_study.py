@@ -19,10 +19,22 @@ def made(n, shift=0.0, wide=1.0, seed=0) -> CohortStudy:
     """Forecasts of a standard deviation of 2 cm³ whose errors are `wide` times that, and shifted."""
     rng = np.random.default_rng(seed)
     centre = rng.uniform(20, 60, n)
-    draws = centre[:, None] + 2 * rng.standard_normal((n, 80))
+    draws = centre[:, None] + 2 * rng.standard_normal((n, 400))
     observed = centre + 2 * (shift + wide * rng.standard_normal(n))
     told = tuple({"a": x, "b": y} for x, y in rng.standard_normal((n, 2)))
-    return CohortStudy("made up", True, tuple(f"P{i}" for i in range(n)), draws, observed, told, {})
+    return CohortStudy(
+        "made up",
+        True,
+        "m",
+        "Laplace",
+        "volume",
+        tuple(f"P{i}" for i in range(n)),
+        np.full(n, 20.0),
+        draws,
+        observed,
+        told,
+        {},
+    )
 
 
 def people(n, rng):
@@ -78,6 +90,8 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert whole.draws.shape == (4, 30)
     assert whole.observed.tolist() == [p.volume_of(p.visits[2]) for p in cohort]
     assert not whole.virtual
+    assert (whole.model, whole.method, whole.quantity) == (repr(MODEL), "Laplace", "measured_volume")
+    assert whole.ahead.tolist() == [20.0] * 4
     study_cohort(cohort[:3], MODEL, calibrate_on=2, name="c", draws=30, folder=tmp_path)
     asked = []
     calibrate = module.calibrate
@@ -86,6 +100,16 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert asked == ["P3"]
     np.testing.assert_array_equal(again.draws, whole.draws)
     assert again.features == whole.features
+    # What is damaged is made anew, and identifiers are no paths.
+    for path, content in zip(sorted(tmp_path.iterdir()), (b"", b"junk", b"PK"), strict=False):
+        path.write_bytes(content)
+    asked.clear()
+    again = study_cohort(cohort, MODEL, calibrate_on=2, name="c", draws=30, folder=tmp_path)
+    assert sorted(asked) == ["P0", "P1", "P2"]
+    np.testing.assert_array_equal(again.draws, whole.draws)
+    odd = replace(cohort[0], id="../../" + "x" * 300)
+    study_cohort([odd], MODEL, calibrate_on=2, name="c", draws=30, folder=tmp_path / "inner" / "most")
+    assert len(list((tmp_path / "inner" / "most").iterdir())) == 1
     # Another model, other data or another seed is another study.
     for change in ({"model": bm.ReactionDiffusion(bm.Logistic(), bm.NoDiffusion())}, {"seed": 50}):
         asked.clear()
@@ -130,8 +154,13 @@ def test_bad_cohorts_are_refused():
     cohort = list(people(2, np.random.default_rng(4)))
     with pytest.raises(InputError, match="P0 comes twice"):
         study_cohort([cohort[0], cohort[0]], MODEL, calibrate_on=2, name="c", draws=30)
-    with pytest.raises(InputError, match=r"P0 has no measured volume at visit 4"):
+    with pytest.raises(InputError, match=r"no forecast of any patient in c.*no measured volume at visit 4"):
         study_cohort(cohort, MODEL, calibrate_on=3, name="c")
+    for bad in ({"draws": 10}, {"calibrate_on": 1.5}, {"calibrate_on": 0}):
+        with pytest.raises(InputError, match=rf"{next(iter(bad))} is .*expected a whole number from"):
+            study_cohort(cohort, MODEL, **({"calibrate_on": 2, "name": "c"} | bad))
+    with pytest.raises(InputError, match="checkpoint is for the chains of one patient"):
+        study_cohort(cohort, MODEL, calibrate_on=2, name="c", method=bm.NUTS(checkpoint="x"))
     with pytest.raises(InputError, match="expected at least one"):
         study_cohort([], MODEL, calibrate_on=2, name="c")
 

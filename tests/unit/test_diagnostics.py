@@ -289,13 +289,13 @@ def imaged():
 
 def test_images_with_more_noise_than_stated_are_found(imaged):
     known, fit = imaged
-    good = posterior_predictive_check(fit, draws=30)
+    good = posterior_predictive_check(fit, draws=60)
     assert good.names == ("chi-squared of the residuals", "largest residual", "volume, visit 2")
     assert good.p[2] > 0.01
     first, second = known.visits
     noisy = second.adc * (1 + 0.3 * np.random.default_rng(0).standard_normal(second.adc.shape))
     bad = replace(known, visits=(first, replace(second, adc=np.clip(noisy, 2e-4, 2.9e-3))))
-    other = posterior_predictive_check(replace(fit, patient=bad), draws=30)
+    other = posterior_predictive_check(replace(fit, patient=bad), draws=60)
     assert set(other.names[:2]) <= set(other.surprising(0.02)) and good.p[0] > other.p[0]
     # The replicates' own misfit does not depend on the data, and is about one per voxel.
     count = int(known.visits[1].region.sum())

@@ -49,13 +49,16 @@ def decision(fit, known):
     return bm.decide(fit, {"plan": known.schedule, "half <b>": known.schedule}, 41.0, draws=20)
 
 
-def study(n=60, virtual=True) -> CohortStudy:
+def study(fit, n=60, virtual=True, **other) -> CohortStudy:
     """Forecasts far too sure."""
     rng = np.random.default_rng(0)
     draws = 30 + 0.5 * rng.standard_normal((n, 60))
     told = tuple({"a": x} for x in rng.standard_normal(n))
     seen = 30 + 5 * rng.standard_normal(n)
-    return CohortStudy("made up", virtual, tuple(f"P{i}" for i in range(n)), draws, seen, told, {"Q": "lost"})
+    names = tuple(f"P{i}" for i in range(n))
+    found = CohortStudy("made up", virtual, repr(fit.model), fit.method, "volume", names, np.full(n, 22.0), draws, seen,
+                        told, {"Q": "lost"})  # fmt: skip
+    return replace(found, **other)
 
 
 def texts(page) -> str:
@@ -66,9 +69,9 @@ def tables(page) -> list[Table]:
     return [b for b in page.blocks if isinstance(b, Table)]
 
 
-def test_all_pages_stand_in_the_report_in_order(forecast, check, stages, decision, tmp_path):
+def test_all_pages_stand_in_the_report_in_order(fit, forecast, check, stages, decision, tmp_path):
     verdict = triage(forecast, check)
-    pages = uncertainty_pages(forecast, check=check, triage=verdict, stages=stages, study=study(), decision=decision)
+    pages = uncertainty_pages(forecast, check=check, triage=verdict, stages=stages, study=study(fit), decision=decision)
     assert tuple(p.title for p in pages) == TITLES
     assert all(isinstance(p, Page) for p in pages)
     report = bm.report(forecast, pages=pages)
@@ -122,8 +125,8 @@ def test_the_stages_sum_and_the_largest_is_named(stages):
 
 
 @pytest.mark.parametrize("virtual", [True, False])
-def test_evidence_says_how_often_and_from_whom(forecast, virtual):
-    found = study(virtual=virtual)
+def test_evidence_says_how_often_and_from_whom(fit, forecast, virtual):
+    found = study(fit, virtual=virtual)
     page = next(p for p in uncertainty_pages(forecast, study=found) if p.title == TITLES[3])
     held = np.mean([np.quantile(d, 0.05) <= o <= np.quantile(d, 0.95)
                     for d, o in zip(found.draws, found.observed, strict=True)])  # fmt: skip
@@ -137,9 +140,43 @@ def test_evidence_says_how_often_and_from_whom(forecast, virtual):
     assert any(f"{high:.3g}"[:3] in r[3] for r in adjusted.rows)
 
 
-def test_evidence_of_few_patients_says_so(forecast):
-    page = next(p for p in uncertainty_pages(forecast, study=study(2)) if p.title == TITLES[3])
+def test_evidence_of_few_patients_says_so(fit, forecast):
+    page = next(p for p in uncertainty_pages(forecast, study=study(fit, 2)) if p.title == TITLES[3])
     assert "2 patients are too few to adjust an interval by; 19 allow one of 90 %." in texts(page)
+
+
+def test_a_study_of_another_model_or_farther_ahead_is_no_evidence(fit, forecast):
+    with pytest.raises(InputError, match="calibrated Other by Laplace, this forecast"):
+        uncertainty_pages(forecast, study=study(fit, model="Other"))
+    page = next(
+        p for p in uncertainty_pages(forecast, study=study(fit, ahead=np.full(60, 60.0))) if p.title == TITLES[3]
+    )
+    assert "forecast 60 to 60 days ahead, and this patient not" in texts(page)
+    few = next(p for p in uncertainty_pages(bm.forecast(fit, until=41.0, draws=10), study=study(fit))
+               if p.title == TITLES[3])  # fmt: skip
+    assert "10 draws are too few to adjust" in texts(few)
+
+
+def test_a_vanished_tumour_is_counted_in_cells(stages):
+    gone = replace(
+        stages, **{n: np.array(getattr(stages, n)) for n in ("first_set", "second_set", "crossed")}, off=None
+    )
+    for values in (gone.first_set, gone.second_set, gone.crossed):
+        values[..., 0] = 0.0
+    page = stages_page(gone)
+    assert "the forecast's log of all cells has" in texts(page)
+    assert "all cells are counted" in texts(page)
+    assert "log of all cells" in gone._repr_html_()
+
+
+def test_checks_and_verdicts_of_other_data_are_refused(forecast, check):
+    other = replace(check, patient="another")
+    with pytest.raises(InputError, match="predictive check is of another patient"):
+        triage(forecast, other)
+    with pytest.raises(InputError, match="check is of another patient"):
+        uncertainty_pages(forecast, check=other)
+    with pytest.raises(InputError, match="triage is of another patient"):
+        uncertainty_pages(forecast, triage=replace(triage(forecast, check), patient="another"))
 
 
 def test_regimens_that_tie_are_called_ties(decision):
