@@ -208,7 +208,11 @@ def test_a_map_has_a_page(known, forecast):
 
 
 @pytest.mark.slow
-def test_chains_are_told(known):
-    fit = bm.calibrate(bm.default_model(known), known, method=bm.NUTS(chains=2, draws=40, tune=40, seed=0))
-    rows = next(t for t in tables(posterior_page(fit)) if "Markov" in t.caption).rows
-    assert {r[0] for r in rows} <= set(fit.names)
+def test_chains_are_told_and_volumes_are_no_images():
+    patient = bm.Patient.from_volumes("V", [0, 20, 40], [9.0, 12.0, 17.0])
+    model = bm.ReactionDiffusion(bm.Exponential(), bm.NoDiffusion())
+    fit = bm.calibrate(model, patient, method=bm.NUTS(chains=2, draws=300, tune=200, seed=0))
+    page = posterior_page(fit)
+    table = next(t for t in tables(page) if "2 Markov chains of 300 draws" in t.caption)
+    assert {r[0] for r in table.rows} <= set(fit.names) and "growth.k" in {r[0] for r in table.rows}
+    assert page.title == "What the volumes taught the model" and "image" not in texts(page)
