@@ -1,6 +1,7 @@
 # make forecast   the main job on the built-in example patient; prints the path of the report
 # make test       the fast tests          make test-all   all tests but the benchmarks
 # make bench      benchmark tables        make notebooks  write and execute examples/*.ipynb
+# make bench-pinn the table of networks beside classical solvers
 # make lint       ruff and mypy           make lock       rewrite constraints.txt
 # make clean      remove what was built (build/ and .venv)
 #
@@ -27,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SINGLE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
-.PHONY: help forecast test test-all bench notebooks lint lock clean
+.PHONY: help forecast test test-all bench bench-pinn notebooks lint lock clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -79,6 +80,9 @@ test-all: $(TEST)
 bench: $(BENCH)
 	@set -e; for script in $(sort $(wildcard tests/benchmarks/bench_*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
+
+bench-pinn: $(BENCH)
+	$(SINGLE_THREAD) $(BIN)/python tests/benchmarks/bench_pinn.py --results build/bench_pinn.jsonl
 
 lint: $(TEST)
 	$(BIN)/python -m ruff check .
