@@ -127,8 +127,11 @@ def fit():
 
 
 def test_bad_input_is_refused(fit):
-    with pytest.raises(InputError, match="before the last calibrated visit, day"):
+    with pytest.raises(InputError, match="expected one from the last calibrated visit, day"):
         stages(fit, until=3.0)
+    for far in (np.inf, np.nan, 1e6):
+        with pytest.raises(InputError, match="within 36525 days of the first"):
+            stages(fit, far)
     with pytest.raises(InputError, match="draws is 2"):
         stages(fit, until=60.0, draws=2)
     with pytest.raises(CalibrationError, match="no fits"):
