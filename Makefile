@@ -95,7 +95,7 @@ notebooks: $(NOTEBOOK)
 	@set -e; for name in $(NOTEBOOKS); do \
 	  partial=examples/.$$name.partial.ipynb; trap 'rm -f $$partial' EXIT; \
 	  $(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --output $$partial examples/$$name.py; \
-	  $(BIN)/python -m jupyter execute --inplace $$partial; \
+	  $(SINGLE_THREAD) $(BIN)/python -m jupyter execute --inplace $$partial; \
 	  mv $$partial examples/$$name.ipynb; echo examples/$$name.ipynb; done
 
 # --- lock ------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_examples_are_numbered_and_in_percent_format():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tables", "pictures"), [("forecast", 7, 2), ("uncertainty", 6, 6)])
+@pytest.mark.parametrize(("name", "tables", "pictures"), [("forecast", 7, 2), ("uncertainty", 6, 7)])
 def test_notebooks_execute_and_results_show_themselves(name, tables, pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("TUMORCAST_EXAMPLES", str(tmp_path))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures show themselves through the kernel's own
