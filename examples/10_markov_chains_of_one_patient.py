@@ -33,7 +33,7 @@ laplace = bm.calibrate(model, known)
 # continues them. Four chains of 1000 draws are usual; these are short, so that the example is.
 
 # %%
-method = bm.NUTS(chains=2, draws=350, tune=150, seed=0, checkpoint=folder / "chains")
+method = bm.NUTS(chains=2, draws=250, tune=150, seed=0, checkpoint=folder / "chains")
 chains = bm.calibrate(model, known, method=method)
 found = chains.samples.chains
 print(f"{'':22}{'Laplace, 90 %':26}{'NUTS, 90 %':26}{'R-hat':>7}{'ESS':>6}")
