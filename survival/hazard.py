@@ -182,7 +182,18 @@ class ElasticCox(Head):
         return steps(self.model_.unique_times_, found, times, 1.0)
 
 
-class Forest(Head):
+class _Trees(Head):
+    """What models of scikit-survival that predict curves in steps have in common."""
+
+    def _risk(self, x: np.ndarray) -> np.ndarray:
+        return self.model_.predict(x)
+
+    def _curves(self, x: np.ndarray, times: np.ndarray) -> np.ndarray:
+        found = self.model_.predict_survival_function(x, return_array=True)
+        return steps(self.model_.unique_times_, found, times, 1.0)
+
+
+class Forest(_Trees):
     """Random survival forest (Ishwaran et al. 2008, doi:10.1214/08-AOAS169).
 
     Parameters
@@ -205,15 +216,8 @@ class Forest(Head):
             random_state=self.seed,
         ).fit(x, coarsened(y, self.times))  # fmt: skip
 
-    def _risk(self, x: np.ndarray) -> np.ndarray:
-        return self.model_.predict(x)
 
-    def _curves(self, x: np.ndarray, times: np.ndarray) -> np.ndarray:
-        found = self.model_.predict_survival_function(x, return_array=True)
-        return steps(self.model_.unique_times_, found, times, 1.0)
-
-
-class Boosting(Head):
+class Boosting(_Trees):
     """Gradient boosting of the Cox partial likelihood with regression trees.
 
     Parameters
@@ -237,13 +241,6 @@ class Boosting(Head):
             n_estimators=self.trees, max_depth=self.depth, min_samples_leaf=self.leaf, learning_rate=self.rate,
             subsample=self.subsample, random_state=self.seed,
         ).fit(x, coarsened(y, self.times))  # fmt: skip
-
-    def _risk(self, x: np.ndarray) -> np.ndarray:
-        return self.model_.predict(x)
-
-    def _curves(self, x: np.ndarray, times: np.ndarray) -> np.ndarray:
-        found = self.model_.predict_survival_function(x, return_array=True)
-        return steps(self.model_.unique_times_, found, times, 1.0)
 
 
 class AFT(Head):
