@@ -1,18 +1,37 @@
 """Physics-informed networks that solve and calibrate the models of `biomodel`."""
 
 from pinn.calibration import Gap, GapWarning, LMPinn, PinnFit
+from pinn.joint import DataWarning, JointProblem
+from pinn.joint_forecast import JointForecast, forecast_joint
+from pinn.joint_posterior import JointPosterior, choose_start, infer_joint, resampled
+from pinn.observed import Cells, Observation, Outline, Uptake
 from pinn.solver import PinnSimulation, PinnSolver, TrainingWarning
+from pinn.starts import Foci, FreeStart
 from pinn.states import Posterior, StateProblem, infer
 
 __all__ = [
+    "Cells",
+    "DataWarning",
+    "Foci",
+    "FreeStart",
     "Gap",
     "GapWarning",
+    "JointForecast",
+    "JointPosterior",
+    "JointProblem",
     "LMPinn",
+    "Observation",
+    "Outline",
     "PinnFit",
     "PinnSimulation",
     "PinnSolver",
     "Posterior",
     "StateProblem",
     "TrainingWarning",
+    "Uptake",
+    "choose_start",
+    "forecast_joint",
     "infer",
+    "infer_joint",
+    "resampled",
 ]

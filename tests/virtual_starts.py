@@ -85,6 +85,8 @@ class Patient:
         Day of the forecast.
     truth : ndarray, shape (1, y, x)
         Cell fraction at `later`, averages of voxels.
+    foci : list of (y, x, peak, width)
+        Position in the domain's mm, cell fraction, sd in mm.
     volume : float
         Volume at `later` with a cell fraction of at least `VISIBLE`, mm³, on the fine cells.
     """
@@ -95,19 +97,19 @@ class Patient:
         self.values = {n: drawn(p, rng) for n, p in PRIORS.items()}
         fine = tuple(n * (FINER if n > 1 else 1) for n in SHAPE)
         step = tuple(s / (FINER if n > 1 else 1) for s, n in zip(SPACING, SHAPE, strict=True))
-        y, x = (
-            (np.arange(n) - (n - 1) / 2) * s for n, s in zip(fine[1:], step[1:], strict=True)
-        )
+        y, x = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(fine[1:], step[1:], strict=True))
+        middle = np.array([(n - 1) / 2 * s for n, s in zip(SHAPE[1:], SPACING[1:], strict=True)])
         centre = 8.0 * rng.standard_normal(2)
         count = int(rng.integers(setting.foci[0], setting.foci[1] + 1))
         turn = rng.uniform(0, 2 * np.pi)
-        empty = np.ones(fine)
+        empty, self.foci = np.ones(fine), []
         for i in range(count):
             place = centre
             if count > 1:
                 angle, far = turn + 2 * np.pi * i / count, rng.uniform(9.0, 13.0)
                 place = 0.5 * centre + far * np.array([np.sin(angle), np.cos(angle)])
             peak, width = drawn(PEAK, rng), drawn(WIDTH, rng)
+            self.foci.append((*(place + middle), peak, width))
             bump = np.exp(-((y[:, None] - place[0]) ** 2 + (x - place[1]) ** 2) / (2 * width**2))
             empty *= 1 - peak * bump[None]
         start = 1 - empty
