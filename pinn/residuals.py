@@ -1,40 +1,43 @@
 """The strong residual of a model's equation for a network, with its derivatives by weights and parameters.
 
-With S(t) the fraction of cells that treatment has spared so far, B the initial state carried by diffusion alone
+With S(x, t) the fraction of cells that treatment has spared so far, B the initial state carried by diffusion alone
 (:mod:`pinn.carried`), tau in [0, 1] the time since the start in units of the whole span, and N the network,
 
     u = S w,    w = B exp(tau N).
 
-Jumps of u at a fraction of radiotherapy are in S, exactly; start, zero flux and sign hold by construction. What is left
-is one residual, in units of the cell fraction:
+Jumps of u at a fraction of radiotherapy are in S, exactly; start, sign and zero flux on the box's sides hold by
+construction. With G = tau N + log S what is left is one residual, in units of the cell fraction:
 
-    S exp(tau N) { B [N + tau N_tau - D (tau lap N + tau² |grad N|²)] - 2 D tau grad B . grad N } - growth(u),
+    exp(G) { B_tau + B (N + tau N_tau) - D [lap B + 2 grad B . grad G + B (lap G + |grad G|²)]
+             - grad D . (grad B + B grad G) } - growth(u),
 
-with D and growth in units of the box and the span.
+with D and growth in units of the box and the span. Where D is one number B is carried by it and B_tau = D lap B; where
+D varies B is carried by a fixed number and the network has to learn the rest. On an organ's surface, with outward
+normal n, the flux D n . grad u is asked to vanish; divided by a voxel's side it is the loss of a layer of that depth,
+and such rows count as much as the layer has points.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from biomodel.domain import Domain
-from biomodel.errors import SolverError
-from biomodel.models import ReactionDiffusion
-from biomodel.schedule import Schedule
-from biomodel.solvers.base import Context
-from biomodel.solvers.plan import breakpoints, make_plan
-from biomodel.solvers.reaction import Course, TorchOps
-from biomodel.treatments import Kill
 from pinn.carried import Places
+from pinn.guides import Guides
+from pinn.medium import Medium
 from pinn.network import Network
+from pinn.physics import Physics
+
+__all__ = ["Direction", "Guides", "Physics", "Points", "Residual"]
 
 #: Largest exponent tau N that a trial may have; beyond it the state is nonsense and the step is refused.
 LARGEST_EXPONENT = 50.0
+#: Least number of points on the surface, as a share of those inside; their rows are weighted accordingly.
+LAYER = 0.3
 
 
 @dataclass(frozen=True)
@@ -45,260 +48,318 @@ class Direction:
     start: torch.Tensor | None = None
 
 
-class Physics:
-    """A model on a box from a first day over a span of days, in the box's own units.
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Where a residual is asked for.
 
-    Raises
-    ------
-    SolverError
-        If the model or the domain has what this network cannot do; the message names what can.
-    """
-
-    def __init__(self, model: ReactionDiffusion, domain: Domain, schedule: Schedule, start: float, span: float):
-        _check(model, domain)
-        model.check_schedule(schedule)
-        self.model, self.start, self.span = model, float(start), float(span)
-        self.axes = tuple(i for i, n in enumerate(domain.shape) if n > 1)
-        self.shape = tuple(domain.shape[i] for i in self.axes)
-        lengths = np.array([domain.shape[i] * domain.spacing[i] for i in self.axes])
-        self.length = float(lengths.max())
-        self.metric = torch.tensor((self.length / lengths) ** 2)
-        self.breaks = breakpoints(model, schedule)
-        plan = make_plan([self.start], np.array([[self.start + self.span]]), [1], [self.breaks])
-        self.course = Course(model, [schedule], plan)
-        self.treated = bool(self.course.active)
-
-    def diffusion(self, values: Mapping[str, float]) -> float:
-        """Diffusivity in units of the box's longest side squared per span."""
-        name = self.model.diffusion.uniform
-        return 0.0 if name is None else values[f"diffusion.{name}"] * self.span / self.length**2
-
-    @property
-    def diffusivity(self) -> str | None:
-        """Name of the diffusivity."""
-        name = self.model.diffusion.uniform
-        return None if name is None else f"diffusion.{name}"
-
-    def spared(self, values: Mapping[str, Any], tau: torch.Tensor) -> torch.Tensor:
-        """Minus the log of S at times tau (n,); values are numbers or one per time."""
-        if not self.treated:
-            return torch.zeros_like(tau)
-        tensors = {n: torch.as_tensor(v, dtype=torch.float64).reshape(-1) for n, v in values.items()}
-        return self.course.exponent(tensors, (self.start + self.span * tau)[:, None])[:, 0]
-
-    def spared_along(self, values: Mapping[str, float], tau: torch.Tensor, name: str) -> torch.Tensor | None:
-        """Derivative of `spared` by a parameter, or None where it has none."""
-        if not name.startswith(tuple(f"{t.name}." for t in self.course.active)):
-            return None
-        each = torch.full_like(tau, values[name]).requires_grad_()
-        return _slope(self.spared({**values, name: each}, tau), each)
-
-    def growth(self, values: Mapping[str, float], u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Growth per span at cell fractions u (n,), and its slope in u."""
-        here = u.detach().requires_grad_()
-        rate = self._rate(values, here)
-        return rate.detach(), _slope(rate, here)
-
-    def growth_along(self, values: Mapping[str, float], u: torch.Tensor, name: str) -> torch.Tensor | None:
-        """Derivative of the growth per span by a parameter, or None where it has none."""
-        if not name.startswith(f"{self.model.growth.name}."):
-            return None
-        each = torch.full_like(u, values[name]).requires_grad_()
-        return _slope(self._rate({**values, name: each}, u), each)
-
-    def _rate(self, values: Mapping[str, Any], u: torch.Tensor) -> torch.Tensor:
-        term = self.model.growth
-        return self.span * term.rate(u, self.model.of(term, values), Context(), TorchOps)
-
-
-def _slope(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Derivative of each of y (n,) by the x (n,) of the same place; zero where y does not depend on x."""
-    if not y.requires_grad:
-        return torch.zeros_like(x.detach())
-    (found,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
-    return torch.zeros_like(x.detach()) if found is None else found
-
-
-def _check(model: ReactionDiffusion, domain: Domain) -> None:
-    others = "use bm.TorchSolver() or bm.FenicsSolver()"
-    if domain.well_mixed or max(domain.shape) < 2:
-        raise SolverError("PinnSolver: the domain is a single point, so there is no space; use bm.TorchSolver().")
-    if not domain.mask.all():
-        raise SolverError(
-            f"PinnSolver: the mask leaves out {int((~domain.mask).sum())} of {domain.mask.size} voxels; zero flux is "
-            f"built into the network on whole boxes only. Crop the domain to a box inside the organ, or {others}."
-        )
-    if model.diffusion.uniform is None and type(model.diffusion).__name__ != "NoDiffusion":
-        raise SolverError(
-            f"PinnSolver: {type(model.diffusion).__name__} varies in space or with u; the network carries the start by "
-            f"one diffusivity. Use bm.Isotropic(), or {others}."
-        )
-    if model.auxiliaries:
-        raise SolverError(f"PinnSolver: the model has auxiliary fields ({model.label}); {others}.")
-    mapped = [t.name for t in model.treatments if isinstance(t, Kill) and t.map]
-    if mapped or model.growth.fields:
-        what = ", ".join(mapped + list(model.growth.fields))
-        raise SolverError(f"PinnSolver: {what} varies in space, which the form u = S(t) w does not have; {others}.")
-
-
-class Guides:
-    """Inputs beside position and time that tell the network where the tumour is and what treatment has done.
-
-    The start carried by a reference diffusivity, and where there is treatment the integral of S over time, whose kinks
-    lie where the solution's do. Both are held fixed while parameters change.
-
-    Parameters
+    Attributes
     ----------
-    physics : Physics
-    values : mapping of str to float
-        The reference parameters.
-    c : tensor, shape (n_1, ..., n_d)
-        Cosine coefficients of the reference start.
-    top : float
-        Its largest value.
+    x, tau : tensor, shape (n, d) and (n,)
+        Places inside on the unit box, and times in [0, 1].
+    surface_x, surface_tau : tensor, shape (m, d) and (m,)
+        On the organ's surface; m may be 0.
+    normals : tensor, shape (m, d)
+        Outward unit normals there, in mm.
+    weight : float
+        Of a row of the surface.
     """
 
-    NODES = 8
+    x: torch.Tensor
+    tau: torch.Tensor
+    surface_x: torch.Tensor
+    surface_tau: torch.Tensor
+    normals: torch.Tensor
+    weight: float = 1.0
 
-    def __init__(self, physics: Physics, values: Mapping[str, float], c: torch.Tensor, top: float):
-        self.physics, self.values, self.c = physics, dict(values), c / top
-        self.diffusion = physics.diffusion(values)
-        self.count = 2 if physics.treated else 1
+    @classmethod
+    def inside(cls, x: torch.Tensor, tau: torch.Tensor) -> Points:
+        """Places inside alone."""
+        nothing = x.new_zeros(0, x.shape[1])
+        return cls(x, tau, nothing, x.new_zeros(0), nothing)
 
-    def at(self, places: Places) -> list[torch.Tensor]:
-        """Value, derivatives and Laplacian (d + 3, n) of each."""
-        b = places.carried(self.c, self.diffusion)
-        lap = places.carried(places.laplacian(self.c), self.diffusion, slopes=False)
-        found = [torch.cat((b[:1], self.diffusion * lap, b[1:], lap))]
-        if self.count > 1:
-            clock = torch.zeros_like(found[0])
-            clock[0], clock[1] = self.clock(places.tau)
-            found.append(clock)
-        return found
+    @classmethod
+    def draw(cls, physics: Physics, count: int, seed: int, dense: torch.Tensor | None = None) -> Points:
+        """Quasi-random points; where `dense` (n_1, ..., n_d), at most 1, is large there are more of them."""
+        geometry = physics.geometry
+        inside = geometry.inside(count, seed, dense)
+        layer = geometry.layer
+        wanted = 0 if geometry.whole else math.ceil(max(min(layer, 0.5), LAYER) * count)
+        surface, normals = geometry.surface(wanted, seed, dense)
+        d = len(physics.shape)
 
-    def clock(self, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The integral of S from 0 to tau (n,), piece by piece between doses, and S."""
-        breaks = torch.tensor((self.physics.breaks - self.physics.start) / self.physics.span)
-        knots = torch.cat((torch.zeros(1), breaks[(breaks > 0) & (breaks < 1)], torch.ones(1))).to(torch.float64)
-        x, weight = (torch.tensor(v) for v in np.polynomial.legendre.leggauss(self.NODES))
-        total = torch.zeros_like(tau)
-        for low, high in zip(knots[:-1], knots[1:], strict=True):
-            length = (tau.clamp(low, high) - low)[:, None]
-            nodes = low + length * (x + 1) / 2
-            s = torch.exp(-self.physics.spared(self.values, nodes.reshape(-1))).reshape(nodes.shape)
-            total = total + (s * weight * length / 2).sum(1)
-        return total, torch.exp(-self.physics.spared(self.values, tau))
+        def times(points):
+            # More of them near the first and the last day, where a polynomial-like fit is loosest.
+            return (1 - torch.cos(torch.pi * points[:, d])) / 2
+
+        weight = math.sqrt(layer * count / len(surface)) if len(surface) else 1.0
+        return cls(inside[:, :d], times(inside), surface[:, :d], times(surface), normals, weight)
 
 
 @dataclass(eq=False)
 class _Held:
-    """What does not depend on the weights: parameters, the carried start and minus the log of S."""
+    """The carried start for given parameters: value and slopes (d + 1, n), Laplacian and change in time (n,)."""
 
     values: Mapping[str, float]
     c: torch.Tensor
-    diffusion: float
+    carrier: float
     carried: torch.Tensor
-    exponent: torch.Tensor
+    laplacian: torch.Tensor | None
+
+    @property
+    def change(self) -> torch.Tensor | float:
+        return 0.0 if self.laplacian is None else self.carrier * self.laplacian
+
+
+class _State:
+    """The network's state at fixed points, with what its derivatives need."""
+
+    def __init__(self, physics: Physics, network: Network, guides: Guides, x: torch.Tensor, tau: torch.Tensor):
+        self.physics, self.network, self.guides, self.tau = physics, network, guides, tau
+        self.places = Places.of(x, tau, physics.shape, physics.metric)
+        self.medium = Medium(physics, x, tau)
+        self.inputs = network.inputs(x, tau, guides.at(self.places, self.medium.splines))
+        self.metric = physics.metric[:, None]
+
+    def hold(self, values: Mapping[str, float], c: torch.Tensor) -> None:
+        """Set the parameters and the start's coefficients."""
+        self.medium.hold(values)
+        # Where D is one number the start is carried by it, and its Laplacian drops out of the residual.
+        carrier = self.physics.diffusion(values) if self.physics.uniform else self.guides.diffusion
+        self.held = _Held(values, c, carrier, self.places.carried(c, carrier), self._laplacian(c, carrier))
+
+    def _laplacian(self, c: torch.Tensor, carrier: float) -> torch.Tensor | None:
+        if self.physics.uniform:
+            return None
+        return self.places.carried(self.places.laplacian(c), carrier, slopes=False)[0]
+
+    def value(self, w: torch.Tensor) -> torch.Tensor:
+        """Cell fraction (n,) at the points."""
+        n = self.network.value(w, self.inputs[0])[0]
+        return torch.exp(self.tau * n - self.medium.exponent) * self.held.carried[0]
+
+    def parts(self, w: torch.Tensor) -> _Parts | None:
+        """The state's factors, or None where the network's exponent is beyond all bounds."""
+        out, kept = self.network.forward(w, self.inputs)
+        exponent = self.tau * out[0]
+        if not bool(exponent.abs().max() < LARGEST_EXPONENT):
+            return None
+        gamma, laplacian = self.tau * out[2:-1], self.tau * out[-1]
+        if self.medium.bend is not None:
+            gamma, laplacian = gamma - self.medium.bend.slopes, laplacian - self.medium.bend.laplacian
+        e = torch.exp(exponent - self.medium.exponent)
+        return _Parts(e, out[0] + self.tau * out[1], gamma, laplacian, e * self.held.carried[0], kept)
+
+    def carried_along(self, direction: Direction) -> _Held | None:
+        """The change of the carried start along a direction, or None where it has none."""
+        held = self.held
+        start, factor = direction.start, None
+        if direction.name is not None and direction.name == self.physics.diffusivity:
+            # B changes as if its start were tau times its Laplacian.
+            start, factor = self.places.laplacian(held.c), self.physics.scale * self.tau
+        if start is None:
+            return None
+        change, laplacian = self.places.carried(start, held.carrier), self._laplacian(start, held.carrier)
+        if factor is not None:
+            change = factor * change
+            assert laplacian is None, "the start is carried by the diffusivity itself"
+        return _Held(held.values, start, held.carrier, change, laplacian)
+
+
+@dataclass(eq=False)
+class _Parts:
+    """exp(G), N + tau N_tau, grad G (d, n), lap G, u, and what the network's derivative needs."""
+
+    e: torch.Tensor
+    rate: torch.Tensor
+    gamma: torch.Tensor
+    laplacian: torch.Tensor
+    u: torch.Tensor
+    kept: list
+
+
+class _Equation(_State):
+    """Rows of the equation inside the organ."""
+
+    def _flow(self, parts: _Parts, held: _Held) -> torch.Tensor:
+        """Change in time less divergence of the flux, linear in the carried start."""
+        d, metric = self.medium.diffusion, self.metric
+        b, slopes = held.carried[0], held.carried[1:]
+        bent = 2 * (metric * slopes * parts.gamma).sum(0) + b * self._bend(parts)
+        flow = b * parts.rate - d * bent
+        if held.laplacian is not None:
+            flow = flow + held.change - d * held.laplacian
+        return parts.e * (flow - self._drift(parts, held))
+
+    def _bend(self, parts: _Parts) -> torch.Tensor:
+        return parts.laplacian + (self.metric * parts.gamma**2).sum(0)
+
+    def _drift(self, parts: _Parts, held: _Held) -> torch.Tensor | float:
+        if self.medium.diffusion_slopes is None:
+            return 0.0
+        b, slopes = held.carried[0], held.carried[1:]
+        return (self.metric * self.medium.diffusion_slopes * (slopes + b * parts.gamma)).sum(0)
+
+    def rows(self, parts: _Parts) -> torch.Tensor:
+        """Residuals (n,)."""
+        return self._flow(parts, self.held) - self.medium.growth(parts.u)[0]
+
+    def linear(self, w: torch.Tensor, parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residuals (n,) and their derivatives by the weights (n, count)."""
+        growth, rate = self.medium.growth(parts.u)
+        flow = self._flow(parts, self.held)
+        d, t, u = self.medium.diffusion, self.tau, parts.u
+        cotangents = torch.empty(len(self.metric) + 3, len(t), dtype=torch.float64)
+        cotangents[0] = t * flow + u - rate * t * u
+        cotangents[1] = u * t
+        pull = 2 * d * (parts.e * self.held.carried[1:] + u * parts.gamma)
+        if self.medium.diffusion_slopes is not None:
+            pull = pull + self.medium.diffusion_slopes * u
+        cotangents[2:-1] = -self.metric * t * pull
+        cotangents[-1] = -d * t * u
+        return flow - growth, self.network.jacobian(w, parts.kept, cotangents)
+
+    def along(self, parts: _Parts, direction: Direction) -> torch.Tensor:
+        """Derivative of the residuals (n,) along a direction of parameters and start, with the weights held."""
+        held, medium, u = self.held, self.medium, parts.u
+        rate = medium.growth(u)[1]
+        total = torch.zeros_like(u)
+        change = self.carried_along(direction)
+        if change is not None:
+            total = total + self._flow(parts, change) - rate * parts.e * change.carried[0]
+        if direction.name is None:
+            return total
+        b, slopes = held.carried[0], held.carried[1:]
+        diffused = medium.diffusion_along(direction.name)
+        if diffused is not None:
+            spread = 2 * (self.metric * slopes * parts.gamma).sum(0) + b * self._bend(parts)
+            if held.laplacian is not None:
+                spread = spread + held.laplacian
+            flux = diffused[0] * spread
+            if diffused[1] is not None:
+                flux = flux + (self.metric * diffused[1] * (slopes + b * parts.gamma)).sum(0)
+            total = total - parts.e * flux
+        spared = medium.exponent_along(direction.name)
+        if spared is not None:
+            total = total - spared[0] * (self._flow(parts, held) - rate * u)
+            if spared[1] is not None:
+                # grad G and lap G change, too.
+                bend = spared[1]
+                bent = 2 * (self.metric * bend.slopes * (slopes + b * parts.gamma)).sum(0) + b * bend.laplacian
+                flux = medium.diffusion * bent
+                if medium.diffusion_slopes is not None:
+                    flux = flux + (self.metric * medium.diffusion_slopes * bend.slopes).sum(0) * b
+                total = total + parts.e * flux
+        growth = medium.growth_along(u, direction.name)
+        return total if growth is None else total - growth
+
+
+class _Flux(_State):
+    """Rows of the outward flux through the organ's surface."""
+
+    def __init__(self, physics, network, guides, points: Points):
+        super().__init__(physics, network, guides, points.surface_x, points.surface_tau)
+        # Derivatives are by the unit box's coordinates: n . grad = sum_i n_i / side_i d_i; the flux over a voxel's side
+        # in units of the box's longest side squared.
+        geometry = physics.geometry
+        sides = torch.tensor(geometry.mask.shape * geometry.spacing)
+        layer = float(geometry.spacing.min())
+        # Until cells have crossed a voxel, the slope at the surface is that of the start's voxels, which no network
+        # changes: such rows fade towards the first day.
+        fading = (4 * guides.diffusion * self.tau * (physics.length / layer) ** 2).clamp(max=1)
+        self.normals = points.weight * fading * (points.normals / sides).T * physics.length**2 / layer
+
+    def _through(self, parts: _Parts, held: _Held, diffusion: torch.Tensor) -> torch.Tensor:
+        b, slopes = held.carried[0], held.carried[1:]
+        return diffusion * parts.e * (self.normals * (slopes + b * parts.gamma)).sum(0)
+
+    def rows(self, parts: _Parts) -> torch.Tensor:
+        """Flux (m,)."""
+        return self._through(parts, self.held, self.medium.diffusion)
+
+    def linear(self, w: torch.Tensor, parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flux (m,) and its derivatives by the weights (m, count)."""
+        flux = self.rows(parts)
+        cotangents = torch.zeros(len(self.metric) + 3, len(flux), dtype=torch.float64)
+        cotangents[0] = self.tau * flux
+        cotangents[2:-1] = self.medium.diffusion * self.normals * parts.u * self.tau
+        return flux, self.network.jacobian(w, parts.kept, cotangents)
+
+    def along(self, parts: _Parts, direction: Direction) -> torch.Tensor:
+        """Derivative of the flux (m,) along a direction of parameters and start, with the weights held."""
+        total = torch.zeros_like(parts.u)
+        change = self.carried_along(direction)
+        if change is not None:
+            total = total + self._through(parts, change, self.medium.diffusion)
+        if direction.name is None:
+            return total
+        diffused = self.medium.diffusion_along(direction.name)
+        if diffused is not None:
+            total = total + self._through(parts, self.held, diffused[0])
+        spared = self.medium.exponent_along(direction.name)
+        if spared is not None:
+            total = total - spared[0] * self.rows(parts)
+            if spared[1] is not None:
+                total = total - self.medium.diffusion * parts.u * (self.normals * spared[1].slopes).sum(0)
+        return total
 
 
 class Residual:
-    """Residuals at fixed points of space and time.
+    """Residuals at fixed points of space and time, of the equation and of zero flux through the organ's surface.
 
     Parameters
     ----------
     physics : Physics
     network : Network
-    x, tau : tensor, shape (n, d) and (n,)
-        Points on the unit box and times in [0, 1].
+    points : Points
     guides : Guides
     """
 
-    def __init__(self, physics: Physics, network: Network, x: torch.Tensor, tau: torch.Tensor, guides: Guides):
-        self.physics, self.network, self.x, self.tau = physics, network, x, tau
-        self.places = Places.of(x, tau, physics.shape, physics.metric)
-        self.inputs = network.inputs(x, tau, guides.at(self.places))
-        self.metric = physics.metric[:, None]
+    def __init__(self, physics: Physics, network: Network, points: Points, guides: Guides):
+        self.network = network
+        self.equation = _Equation(physics, network, guides, points.x, points.tau)
+        self.pieces: list[_Equation | _Flux] = [self.equation]
+        if len(points.surface_x):
+            self.pieces.append(_Flux(physics, network, guides, points))
 
     def hold(self, values: Mapping[str, float], c: torch.Tensor) -> None:
         """Set the parameters and the start's coefficients."""
-        diffusion = self.physics.diffusion(values)
-        self.held = _Held(
-            values, c, diffusion, self.places.carried(c, diffusion), self.physics.spared(values, self.tau)
-        )
-
-    def _parts(self, w: torch.Tensor):
-        held, t = self.held, self.tau
-        out, kept = self.network.forward(w, self.inputs)
-        n, n_t, grad, lap = out[0], out[1], out[2:-1], out[-1]
-        exponent = t * n
-        if not bool(exponent.abs().max() < LARGEST_EXPONENT):
-            return None
-        e = torch.exp(exponent - held.exponent)
-        b, slope = held.carried[0], held.carried[1:]
-        bracket = n + t * n_t - held.diffusion * (t * lap + t * t * (self.metric * grad * grad).sum(0))
-        cross = 2 * held.diffusion * t * (self.metric * slope * grad).sum(0)
-        return e, b, slope, grad, lap, bracket, cross, e * b, kept
+        for piece in self.pieces:
+            piece.hold(values, c)
 
     def value(self, w: torch.Tensor) -> torch.Tensor | None:
         """Residuals (n,), or None where the network's exponent is beyond all bounds."""
-        parts = self._parts(w)
-        if parts is None:
-            return None
-        e, b, _, _, _, bracket, cross, u, _ = parts
-        return e * (b * bracket - cross) - self.physics.growth(self.held.values, u)[0]
+        found = []
+        for piece in self.pieces:
+            parts = piece.parts(w)
+            if parts is None:
+                return None
+            found.append(piece.rows(parts))
+        return torch.cat(found)
 
     def state(self, w: torch.Tensor) -> torch.Tensor:
-        """Cell fraction (n,) at the points."""
-        n = self.network.value(w, self.inputs[0])[0]
-        return torch.exp(self.tau * n - self.held.exponent) * self.held.carried[0]
+        """Cell fraction (n,) at the points inside."""
+        return self.equation.value(w)
 
     def linear(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Residuals (n,) and their derivatives by the weights (n, count)."""
-        parts = self._parts(w)
-        assert parts is not None, "the weights were accepted before"
-        e, b, slope, grad, _, bracket, cross, u, kept = parts
-        d, t = self.held.diffusion, self.tau
-        growth, rate = self.physics.growth(self.held.values, u)
-        flow = e * (b * bracket - cross)
-        cotangents = torch.empty(len(self.metric) + 3, len(t), dtype=torch.float64)
-        cotangents[0] = t * flow + u - rate * t * u
-        cotangents[1] = u * t
-        cotangents[2:-1] = -2 * d * self.metric * t * (t * u * grad + e * slope)
-        cotangents[-1] = -d * t * u
-        return flow - growth, self.network.jacobian(w, kept, cotangents)
+        found = [piece.linear(w, _given(piece.parts(w))) for piece in self.pieces]
+        return torch.cat([r for r, _ in found]), torch.cat([j for _, j in found])
 
     def along(self, w: torch.Tensor, directions: list[Direction]) -> torch.Tensor:
         """Derivatives of the residuals (p, n) along directions of parameters and start, with the weights held."""
-        parts = self._parts(w)
-        assert parts is not None, "the weights were accepted before"
-        e, b, slope, grad, lap, bracket, cross, u, _ = parts
-        held, t, physics = self.held, self.tau, self.physics
-        rate = physics.growth(held.values, u)[1]
-        flow = e * (b * bracket - cross)
         found = []
-        for direction in directions:
-            total = torch.zeros_like(t)
-            start, scale = direction.start, 1.0
-            if direction.name is not None and direction.name == physics.diffusivity:
-                # B changes as if its start were tau times its Laplacian, and D itself stands in the bracket.
-                scale = physics.span / physics.length**2
-                start = self.places.laplacian(held.c)
-                total = total - scale * e * (
-                    b * (t * lap + t * t * (self.metric * grad * grad).sum(0))
-                    + 2 * t * (self.metric * slope * grad).sum(0)
-                )
-            if start is not None:
-                change = self.places.carried(start, held.diffusion)
-                if direction.name is not None:
-                    change = scale * t * change
-                steep = 2 * held.diffusion * t * (self.metric * change[1:] * grad).sum(0)
-                total = total + e * (change[0] * bracket - steep) - rate * e * change[0]
-            if direction.name is not None:
-                spared = physics.spared_along(held.values, t, direction.name)
-                if spared is not None:
-                    total = total - spared * (flow - rate * u)
-                growth = physics.growth_along(held.values, u, direction.name)
-                if growth is not None:
-                    total = total - growth
-            found.append(total)
-        return torch.stack(found)
+        for piece in self.pieces:
+            parts = _given(piece.parts(w))
+            found.append(torch.stack([piece.along(parts, direction) for direction in directions]))
+        return torch.cat(found, 1)
+
+
+def _given(parts: _Parts | None) -> _Parts:
+    assert parts is not None, "the weights were accepted before"
+    return parts
+
+
+def dense_where(carried: np.ndarray, share: float = 0.5) -> torch.Tensor:
+    """Density of points (n_1, ..., n_d), at most 1: `share` of it follows the cells, the rest is even."""
+    top = float(np.abs(carried).max()) or 1.0
+    return torch.tensor((1 - share) + share * np.minimum(1.0, np.abs(carried) / (0.2 * top)))

@@ -165,36 +165,36 @@ class Splitting:
     STEPS = 16
 
     def __init__(self, residual: Residual):
-        self.residual = residual
-        held, t, physics = residual.held, residual.tau, residual.physics
+        self.equation = residual.equation
+        held, t, medium = self.equation.held, self.equation.tau, self.equation.medium
         b = held.carried[0].clamp_min(1e-12)
         q = torch.zeros_like(t)
         h = 1.0 / self.STEPS
         for i in range(self.STEPS):
             # Heun's method along each point's own time; the exponent of treatment is zero where it begins.
-            past = [physics.spared(held.values, (i + k) * h * t) for k in (0, 1)]
+            past = [medium.spared((i + k) * h * t) for k in (0, 1)]
             first = self._rate(torch.exp(q - past[0]) * b)
             second = self._rate(torch.exp(q + h * t * first - past[1]) * b)
             q = q + h * t * (first + second) / 2
-        self.target = torch.exp(q - held.exponent) * held.carried[0]
+        self.target = torch.exp(q - medium.exponent) * held.carried[0]
 
     def _rate(self, u: torch.Tensor) -> torch.Tensor:
-        return self.residual.physics.growth(self.residual.held.values, u)[0] / u
+        return self.equation.medium.growth(u)[0] / u
 
     def value(self, w: torch.Tensor) -> torch.Tensor | None:
         """Misfit of the cell fraction (n,)."""
-        u = self.residual.state(w)
+        u = self.state(w)
         return u - self.target if bool(torch.isfinite(u).all()) else None
 
     def state(self, w: torch.Tensor) -> torch.Tensor:
         """Cell fraction of the network (n,)."""
-        return self.residual.state(w)
+        return self.equation.value(w)
 
     def linear(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Misfit and its derivatives by the weights (n, count)."""
-        network, inputs = self.residual.network, self.residual.inputs
-        out, kept = network.forward(w, inputs)
-        u = torch.exp(self.residual.tau * out[0] - self.residual.held.exponent) * self.residual.held.carried[0]
+        equation, t = self.equation, self.equation.tau
+        out, kept = equation.network.forward(w, equation.inputs)
+        u = torch.exp(t * out[0] - equation.medium.exponent) * equation.held.carried[0]
         cotangents = torch.zeros_like(out)
-        cotangents[0] = u * self.residual.tau
-        return u - self.target, network.jacobian(w, kept, cotangents)
+        cotangents[0] = u * t
+        return u - self.target, equation.network.jacobian(w, kept, cotangents)

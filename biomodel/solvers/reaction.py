@@ -128,8 +128,11 @@ class Course:
         survival = term.survival({k: v[:, None, None] for k, v in p.items()}, Context(dose=gray[:, None, :]), TorchOps)
         return torch.where(t[..., None] - days[:, None, :] > RESOLUTION, -torch.log(survival), 0.0).sum(-1)
 
-    def exponent(self, values: dict, t: torch.Tensor) -> torch.Tensor:
-        """Kill exponent accumulated until days `t` (..., rows, m), for drugs that are uniform in space."""
+    def exponent(self, values: dict, t: torch.Tensor, maps: dict | None = None) -> torch.Tensor:
+        """Kill exponent accumulated until days `t` (..., rows, m).
+
+        Drugs reach all places alike unless `maps` gives their fields, which broadcast against `t`.
+        """
         total = torch.zeros_like(t)
         for term in self.active:
             p = self.model.of(term, values)
@@ -138,7 +141,8 @@ class Course:
             else:
                 assert isinstance(term, Kill)
                 level, exposure = self.state(term, p, t)
-                c = Context(level=level, exposure=exposure, map=1.0)
+                drug = maps[term.map] if maps and term.map else 1.0
+                c = Context(level=level, exposure=exposure, map=drug)
                 total = total + term.cumulative({k: v[:, None] for k, v in p.items()}, c, TorchOps)
         return total
 

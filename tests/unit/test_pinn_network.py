@@ -9,10 +9,13 @@ from biomodel.errors import ModelError, SolverError
 from biomodel.schedule import Dose, Fraction
 from biomodel.solvers.base import Context
 from biomodel.solvers.reaction import TorchOps
+from biomodel.terms import TensorDiffusion
 from pinn import PinnSolver
 from pinn.carried import coefficients
+from pinn.guides import Guides
 from pinn.network import Network
-from pinn.residuals import Direction, Guides, Physics, Residual
+from pinn.physics import Physics
+from pinn.residuals import Direction, Points, Residual
 from pinn.training import Trained, train
 from pinn.voxels import Voxels
 
@@ -46,7 +49,7 @@ class Case:
         generator = torch.Generator().manual_seed(2)
         self.x = torch.rand(40, 2, generator=generator, dtype=torch.float64)
         self.tau = torch.rand(40, generator=generator, dtype=torch.float64)
-        self.residual = Residual(self.physics, self.network, self.x, self.tau, self.guides)
+        self.residual = Residual(self.physics, self.network, Points.inside(self.x, self.tau), self.guides)
         self.residual.hold(self.values, self.c)
 
     def spread(self, c, point, amount):
@@ -154,7 +157,8 @@ def test_start_holds_exactly_and_nothing_flows_out():
     fine = 64
     x = [torch.tensor((np.arange(n * fine) + 0.5) / (n * fine)) for n in (12, 10)]
     grid = torch.stack(torch.meshgrid(*x, indexing="ij"), -1).reshape(-1, 2)
-    residual = Residual(case.physics, case.network, grid[::1], torch.zeros(len(grid), dtype=torch.float64), case.guides)
+    points = Points.inside(grid, torch.zeros(len(grid), dtype=torch.float64))
+    residual = Residual(case.physics, case.network, points, case.guides)
     residual.hold(case.values, case.c)
     averages = residual.state(case.w).reshape(12, fine, 10, fine).mean((1, 3)).numpy()
     assert np.abs(averages - u0).max() < 1e-3  # midpoint rule
@@ -197,20 +201,21 @@ class TestRefusals:
         with pytest.raises(error, match=match):
             PinnSolver().build(model or MODELS["logistic"], domain or self.box, bm.Schedule())
 
-    def test_a_domain_that_is_no_box(self):
+    def test_a_mask_of_two_pieces(self):
         mask = np.ones((1, 8, 8), bool)
-        mask[0, 0, 0] = False
-        self.refused("leaves out 1 of 64 voxels.*TorchSolver", domain=bm.Domain.box((1, 8, 8), mask=mask))
+        mask[0, 3] = False
+        self.refused("2 components.*tumour.*TorchSolver", domain=bm.Domain.box((1, 8, 8), mask=mask))
 
     def test_a_point(self):
         self.refused("single point", domain=bm.Domain.point())
 
-    def test_diffusion_by_tissue(self):
-        self.refused("TissueDiffusion.*FenicsSolver", model=bm.ReactionDiffusion(diffusion=bm.TissueDiffusion()))
-
-    def test_a_drug_map(self):
+    def test_a_field_that_is_not_there(self):
+        self.refused("adipose", model=bm.ReactionDiffusion(diffusion=bm.TissueDiffusion()))
         drug = bm.Chemotherapy("paclitaxel", map="drug_map")
-        self.refused("paclitaxel varies in space", model=bm.ReactionDiffusion(treatments=[drug]))
+        self.refused("drug_map", model=bm.ReactionDiffusion(treatments=[drug]))
+
+    def test_a_diffusion_tensor(self):
+        self.refused("preferred direction.*FenicsSolver", model=bm.ReactionDiffusion(diffusion=TensorDiffusion()))
 
     def test_therapy_without_a_term(self):
         with pytest.raises(ModelError, match="paclitaxel"):
