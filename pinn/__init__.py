@@ -2,6 +2,7 @@
 
 from pinn.calibration import Gap, GapWarning, LMPinn, PinnFit
 from pinn.joint import DataWarning, JointProblem
+from pinn.joint_chains import chained
 from pinn.joint_forecast import JointForecast, forecast_joint
 from pinn.joint_posterior import JointPosterior, choose_start, infer_joint, resampled
 from pinn.observed import Cells, Observation, Outline, Uptake
@@ -29,6 +30,7 @@ __all__ = [
     "StateProblem",
     "TrainingWarning",
     "Uptake",
+    "chained",
     "choose_start",
     "forecast_joint",
     "infer",

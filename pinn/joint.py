@@ -30,7 +30,7 @@ from pinn.starts import Start
 #: A classical solver's steps are chosen anew when a parameter's coordinate has moved by more than this.
 MOVED = 0.3
 #: A fall of the summed cell fractions by this many of its standard deviations, and by this share, is no noise.
-FALL, SHARE = 4.0, 0.1
+FALL, SHARE = 3.0, 0.1
 #: A network large enough for a state whose parameters have errors of some per cent.
 SMALL = PinnSolver(rtol=5e-3, frequencies=4, hidden=(12, 12))
 
@@ -298,9 +298,9 @@ def _check_treatments(problem: JointProblem, days: Sequence[float]) -> None:
                 continue
             both = before.seen & after.seen & problem.domain.mask
             one, two = before.values[both], after.values[both]
-            noise = 1.4826 * np.median(np.abs(two - one - np.median(two - one))) * np.sqrt(len(one))
-            fall = float(one.sum() - two.sum())
-            if fall > FALL * max(noise, np.sqrt(max(one.sum(), 1.0))) and fall > SHARE * one.sum():
+            # Of changes that are noise alone the sum is as large as the root of their squares' sum.
+            fall, noise = float(one.sum() - two.sum()), float(np.linalg.norm(two - one))
+            if fall > FALL * noise and fall > SHARE * one.sum():
                 text = (
                     f"{name} falls by {fall / one.sum():.0%} between days {before.day:g} and {after.day:g}, but the "
                     "schedule knows no treatment before; growth alone cannot explain it. Give the doses."

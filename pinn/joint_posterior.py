@@ -256,22 +256,20 @@ def resampled(posterior: JointPosterior, draws: int = 384, rounds: int = 2, seed
     CalibrationError
         If there are too many coordinates (a free start).
     """
-    problem, size = posterior.problem, len(posterior.z)
+    size = len(posterior.z)
     if size > MOST:
         raise CalibrationError(
             f"{size} coordinates are too many for importance sampling (at most {MOST}); the Gaussian of `infer_joint` "
-            "stands, or describe the start by Foci."
+            "stands, `chained` corrects it, or describe the start by Foci."
         )
     rng = np.random.default_rng([seed, 12])
-    classical = problem.by(solver)
-    if isinstance(problem.simulation, PinnSimulation):
-        classical = problem.by(solver, problem.predicted(posterior.z) - classical.predicted(posterior.z))
+    classical = classical_of(posterior, solver)
     proposals = [_Student(posterior.z, np.linalg.cholesky(WIDEN * posterior.covariance))]
     z, log_target, sizes = np.empty((0, size)), np.empty(0), []
     for turn in range(rounds):
         fresh = proposals[turn].draw(draws, rng)
         z = np.concatenate((z, fresh))
-        log_target = np.concatenate((log_target, _log_posterior(classical, fresh)))
+        log_target = np.concatenate((log_target, log_posterior(classical, fresh)))
         sizes.append(draws)
         log_mixture = logsumexp(
             [np.log(n / len(z)) + q.log_density(z) for n, q in zip(sizes, proposals, strict=True)], axis=0
@@ -300,7 +298,15 @@ def resampled(posterior: JointPosterior, draws: int = 384, rounds: int = 2, seed
     return replace(posterior, samples=samples, notes=notes)
 
 
-def _log_posterior(problem: JointProblem, z: np.ndarray) -> np.ndarray:
+def classical_of(posterior: JointPosterior, solver: Solver) -> JointProblem:
+    """The problem by a classical solver, shifted to a network's predictions at the optimum where a network found it."""
+    problem, classical = posterior.problem, posterior.problem.by(solver)
+    if not isinstance(problem.simulation, PinnSimulation):
+        return classical
+    return problem.by(solver, problem.predicted(posterior.z) - classical.predicted(posterior.z))
+
+
+def log_posterior(problem: JointProblem, z: np.ndarray) -> np.ndarray:
     """Log posterior densities (draws,) up to a constant; -inf beyond the bounds and where the model fails."""
     low, high = problem.limits
     inside = ((z >= low) & (z <= high)).all(1)

@@ -257,8 +257,8 @@ class FreeStart:
         Standard deviation of the logit.
     """
 
-    length: float = 8.0
-    level: float = 2e-3
+    length: float = 10.0
+    level: float = 5e-4
     sd: float = 3.0
 
     def __post_init__(self):
@@ -306,8 +306,8 @@ class BoundField:
             shape = [domain.shape[axis] if a == axis else 1 for a in range(3)]
             modes = modes * (cosines[n] * decays[n])[:, self.kept[:, n]].T.reshape(count, *shape)
         # In the middle, away from reflections, the variance is as asked for.
-        i, j, k = (n // 2 for n in domain.shape)
-        modes *= free.sd / np.sqrt((modes[:, i, j, k] ** 2).sum())
+        a, b, c = (n // 2 for n in domain.shape)
+        modes *= free.sd / np.sqrt((modes[:, a, b, c] ** 2).sum())
         self.modes = np.where(domain.mask, modes, 0.0)
         self.level, self.alike = float(logit(free.level)), 1
         self.prior = GaussianPrior(np.zeros(count), np.eye(count))
