@@ -1,6 +1,7 @@
 """Physics-informed networks that solve and calibrate the models of `biomodel`."""
 
 from pinn.calibration import Gap, GapWarning, LMPinn, PinnFit
+from pinn.discover import Discovered, Discovery, Formula, NetworkGrowth, TableGrowth, discover
 from pinn.joint import DataWarning, JointProblem
 from pinn.joint_chains import chained
 from pinn.joint_forecast import JointForecast, forecast_joint
@@ -13,7 +14,10 @@ from pinn.states import Posterior, StateProblem, infer
 __all__ = [
     "Cells",
     "DataWarning",
+    "Discovered",
+    "Discovery",
     "Foci",
+    "Formula",
     "FreeStart",
     "Gap",
     "GapWarning",
@@ -21,6 +25,7 @@ __all__ = [
     "JointPosterior",
     "JointProblem",
     "LMPinn",
+    "NetworkGrowth",
     "Observation",
     "Outline",
     "PinnFit",
@@ -28,10 +33,12 @@ __all__ = [
     "PinnSolver",
     "Posterior",
     "StateProblem",
+    "TableGrowth",
     "TrainingWarning",
     "Uptake",
     "chained",
     "choose_start",
+    "discover",
     "forecast_joint",
     "infer",
     "infer_joint",
