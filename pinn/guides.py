@@ -1,81 +1,62 @@
-"""Inputs of the network beside position and time: where the tumour is, what treatment does, what the organ is like."""
+"""Inputs of the network beside position and time: where the tumour is, and what treatment does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from pinn.carried import Places
+from pinn.carrier import BoxGuide, OrganGuide
 from pinn.physics import Physics
 from pinn.splines import Splines, on_sides
 
-#: Distance from the surface, in voxels, over which the network's input for it changes.
-DEPTH = 4.0
-
 
 class Guides:
-    """What tells the network where the tumour is, what treatment has done and what the organ is like.
+    """What tells the network where the tumour is and what treatment has done.
 
     The start carried by a reference diffusivity; where there is treatment, the integral of S over time, whose kinks
-    lie where the solution's do, and its product with each drug map; the diffusivity where it varies; the distance to
-    the organ's surface where it has one. All are held fixed while parameters change.
+    lie where the solution's do, and its product with each drug map. All are held fixed while parameters change.
 
     Parameters
     ----------
     physics : Physics
     values : mapping of str to float
         The reference parameters.
-    c : tensor, shape (n_1, ..., n_d)
-        Cosine coefficients of the reference start.
-    top : float
-        Its largest value.
+    carried : BoxGuide or OrganGuide
+        The reference start.
     """
 
     NODES = 8
 
-    def __init__(self, physics: Physics, values: Mapping[str, float], c: torch.Tensor, top: float):
-        self.physics, self.values, self.c = physics, dict(values), c / top
-        self.diffusion = physics.diffusion(values)
-        #: Voxel fields that are inputs by themselves, and those that are multiplied with the clock.
-        self.still: list[torch.Tensor] = []
-        if not physics.uniform:
-            coefficient = physics.coefficient(values)
-            self.still.append(physics.geometry.continued(coefficient / coefficient.max()))
-        if not physics.geometry.whole:
-            deep = DEPTH * float(physics.geometry.spacing.max())
-            self.still.append(torch.tanh(physics.geometry.distance / deep))
-        self.moving = [physics.fields[n] for n in dict.fromkeys(physics.maps)]
-        self.count = 1 + physics.treated * (1 + len(self.moving)) + len(self.still)
+    def __init__(self, physics: Physics, values: Mapping[str, float], carried: BoxGuide | OrganGuide):
+        self.physics, self.values, self.carried = physics, dict(values), carried
+        self.maps = [physics.fields[n] for n in dict.fromkeys(physics.maps)] if physics.treated else []
+        self.count = 1 + physics.treated + len(self.maps)
 
-    def at(self, places: Places, splines: Splines | None) -> list[torch.Tensor]:
-        """Value, derivatives by time and place, and Laplacian (d + 3, n) of each."""
-        b = places.carried(self.c, self.diffusion)
-        lap = places.carried(places.laplacian(self.c), self.diffusion, slopes=False)
-        found = [torch.cat((b[:1], self.diffusion * lap, b[1:], lap))]
+    def at(self, source: Any, tau: torch.Tensor, splines: Splines | None) -> list[torch.Tensor]:
+        """Value, derivatives by time and place, and Laplacian (d + 3, n) of each, at the points of a carrier's source.
+        """
+        found = [self.carried.at(source)]
         if self.physics.treated:
             clock = torch.zeros_like(found[0])
-            clock[0], clock[1] = self.clock(places.tau)
+            clock[0], clock[1] = self.clock(tau)
             found.append(clock)
-            for field in self.moving:
+            for field in self.maps:
                 assert splines is not None
                 f = splines.all(field, self.physics.metric)
                 found.append(torch.cat((f[:1] * clock[0], f[:1] * clock[1], f[1:] * clock[0])))
-        for field in self.still:
-            assert splines is not None
-            f = splines.all(field, self.physics.metric)
-            found.append(torch.cat((f[:1], torch.zeros_like(f[:1]), f[1:])))
         return found
 
-    def on_grid(self, carried: torch.Tensor, tau: torch.Tensor, sides: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Values (m,) on the product grid of places `sides` at one time (1,), given the carried start there (m,)."""
-        found = [carried]
+    def on_grid(self, source: Any, tau: torch.Tensor, sides: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Values (m,) on the product grid of places `sides` of a carrier's source, at one time (1,)."""
+        found = [self.carried.on_grid(source, float(tau))]
         if self.physics.treated:
             clock = self.clock(tau)[0]
-            found.append(clock.expand(len(carried)))
-            found += [clock * on_sides(f, sides).reshape(-1) for f in self.moving]
-        return found + [on_sides(f, sides).reshape(-1) for f in self.still]
+            found.append(clock.expand(len(found[0])))
+            found += [clock * on_sides(f, sides).reshape(-1) for f in self.maps]
+        return found
 
     def clock(self, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The integral of S from 0 to tau (n,), piece by piece between doses, and S; drug maps count as 1."""

@@ -57,6 +57,10 @@ class Physics:
         self.course = Course(model, [schedule], plan)
         self.treated = bool(self.course.active)
 
+    def tau(self, day: float) -> float:
+        """Time of a day in units of the span."""
+        return (float(day) - self.start) / self.span
+
     @property
     def rough(self) -> bool:
         """Whether voxels of a mask or of fields enter, and not only smooth functions."""
@@ -87,7 +91,9 @@ class Physics:
         return float(self.coefficient(values)[torch.tensor(self.geometry.mask)].mean())
 
     def coefficient(self, values: Mapping[str, Any]) -> torch.Tensor:
-        """Diffusivity per voxel (n_1, ..., n_d) where it varies."""
+        """Diffusivity per voxel (n_1, ..., n_d)."""
+        if self.uniform:
+            return torch.full(self.shape, self.diffusion(values), dtype=torch.float64)
         term = self.model.diffusion
         p = {n: torch.as_tensor(v, dtype=torch.float64) for n, v in self.model.of(term, values).items()}
         found = term.coefficient(None, p, Context(**{n: self.fields[n] for n in term.fields}), TorchOps)

@@ -8,13 +8,12 @@ With S(x, t) the fraction of cells that treatment has spared so far, B the initi
 Jumps of u at a fraction of radiotherapy are in S, exactly; start, sign and zero flux on the box's sides hold by
 construction. With G = tau N + log S what is left is one residual, in units of the cell fraction:
 
-    exp(G) { B_tau + B (N + tau N_tau) - D [lap B + 2 grad B . grad G + B (lap G + |grad G|²)]
-             - grad D . (grad B + B grad G) } - growth(u),
+    exp(G) { B (N + tau N_tau) - D [2 grad B . grad G + B (lap G + |grad G|²)] - B grad D . grad G } - growth(u),
 
-with D and growth in units of the box and the span. Where D is one number B is carried by it and B_tau = D lap B; where
-D varies B is carried by a fixed number and the network has to learn the rest. On an organ's surface, with outward
-normal n, the flux D n . grad u is asked to vanish; divided by a voxel's side it is the loss of a layer of that depth,
-and such rows count as much as the layer has points.
+with D and growth in units of the box and the span: B_tau is the divergence of D grad B, whatever D is, and has dropped
+out. On an organ's surface, with outward normal n, nothing flows if n . grad G = 0, as n . grad B is zero already; the
+flux D u n . grad G divided by a voxel's side is the loss of a layer of that depth, and such rows count as much as the
+layer has points.
 """
 
 from __future__ import annotations
@@ -22,17 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from pinn.carried import Places
+from pinn.carrier import BoxCarrier, BoxPoints, OrganCarrier
 from pinn.guides import Guides
 from pinn.medium import Medium
 from pinn.network import Network
 from pinn.physics import Physics
 
-__all__ = ["Direction", "Guides", "Physics", "Points", "Residual"]
+Carrier = BoxCarrier | OrganCarrier
 
 #: Largest exponent tau N that a trial may have; beyond it the state is nonsense and the step is refused.
 LARGEST_EXPONENT = 50.0
@@ -42,10 +42,13 @@ LAYER = 0.3
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction of derivatives: a model parameter by name, or a change of the start's cosine coefficients."""
+    """A direction of derivatives: a model parameter by name, and the change of the carried start (:mod:`pinn.carrier`).
+
+    In a box that change leaves out what a diffusivity does to it.
+    """
 
     name: str | None = None
-    start: torch.Tensor | None = None
+    start: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +81,10 @@ class Points:
         return cls(x, tau, nothing, x.new_zeros(0), nothing)
 
     @classmethod
-    def draw(cls, physics: Physics, count: int, seed: int, dense: torch.Tensor | None = None) -> Points:
-        """Quasi-random points; where `dense` (n_1, ..., n_d), at most 1, is large there are more of them."""
+    def draw(cls, physics: Physics, carrier: Carrier, count: int, seed: int, dense: torch.Tensor | None = None
+             ) -> Points:  # fmt: skip
+        """Quasi-random points at the carrier's times, more of them where `dense` (n_1, ..., n_d), at most 1, is large.
+        """
         geometry = physics.geometry
         inside = geometry.inside(count, seed, dense)
         layer = geometry.layer
@@ -88,54 +93,33 @@ class Points:
         d = len(physics.shape)
 
         def times(points):
-            # More of them near the first and the last day, where a polynomial-like fit is loosest.
-            return (1 - torch.cos(torch.pi * points[:, d])) / 2
+            return carrier.times(points[:, d])
 
         weight = math.sqrt(layer * count / len(surface)) if len(surface) else 1.0
         return cls(inside[:, :d], times(inside), surface[:, :d], times(surface), normals, weight)
 
 
-@dataclass(eq=False)
-class _Held:
-    """The carried start for given parameters: value and slopes (d + 1, n), Laplacian and change in time (n,)."""
-
-    values: Mapping[str, float]
-    c: torch.Tensor
-    carrier: float
-    carried: torch.Tensor
-    laplacian: torch.Tensor | None
-
-    @property
-    def change(self) -> torch.Tensor | float:
-        return 0.0 if self.laplacian is None else self.carrier * self.laplacian
-
-
 class _State:
     """The network's state at fixed points, with what its derivatives need."""
 
-    def __init__(self, physics: Physics, network: Network, guides: Guides, x: torch.Tensor, tau: torch.Tensor):
-        self.physics, self.network, self.guides, self.tau = physics, network, guides, tau
-        self.places = Places.of(x, tau, physics.shape, physics.metric)
+    def __init__(self, physics: Physics, network: Network, guides: Guides, carrier: Carrier, x: torch.Tensor,
+                 tau: torch.Tensor):  # fmt: skip
+        self.physics, self.network, self.tau = physics, network, tau
         self.medium = Medium(physics, x, tau)
-        self.inputs = network.inputs(x, tau, guides.at(self.places, self.medium.splines))
+        self.source = carrier.at(x, tau, self.medium.splines)
+        self.inputs = network.inputs(x, tau, guides.at(self.source, tau, self.medium.splines))
         self.metric = physics.metric[:, None]
 
-    def hold(self, values: Mapping[str, float], c: torch.Tensor) -> None:
-        """Set the parameters and the start's coefficients."""
+    def hold(self, values: Mapping[str, float], start: Any) -> None:
+        """Set the parameters and the start."""
         self.medium.hold(values)
-        # Where D is one number the start is carried by it, and its Laplacian drops out of the residual.
-        carrier = self.physics.diffusion(values) if self.physics.uniform else self.guides.diffusion
-        self.held = _Held(values, c, carrier, self.places.carried(c, carrier), self._laplacian(c, carrier))
-
-    def _laplacian(self, c: torch.Tensor, carrier: float) -> torch.Tensor | None:
-        if self.physics.uniform:
-            return None
-        return self.places.carried(self.places.laplacian(c), carrier, slopes=False)[0]
+        self.start = start
+        self.carried = self.source.of(start, values)
 
     def value(self, w: torch.Tensor) -> torch.Tensor:
         """Cell fraction (n,) at the points."""
         n = self.network.value(w, self.inputs[0])[0]
-        return torch.exp(self.tau * n - self.medium.exponent) * self.held.carried[0]
+        return torch.exp(self.tau * n - self.medium.exponent) * self.carried[0]
 
     def parts(self, w: torch.Tensor) -> _Parts | None:
         """The state's factors, or None where the network's exponent is beyond all bounds."""
@@ -147,22 +131,16 @@ class _State:
         if self.medium.bend is not None:
             gamma, laplacian = gamma - self.medium.bend.slopes, laplacian - self.medium.bend.laplacian
         e = torch.exp(exponent - self.medium.exponent)
-        return _Parts(e, out[0] + self.tau * out[1], gamma, laplacian, e * self.held.carried[0], kept)
+        return _Parts(e, out[0] + self.tau * out[1], gamma, laplacian, e * self.carried[0], kept)
 
-    def carried_along(self, direction: Direction) -> _Held | None:
-        """The change of the carried start along a direction, or None where it has none."""
-        held = self.held
-        start, factor = direction.start, None
+    def carried_along(self, direction: Direction) -> torch.Tensor | None:
+        """The change of the carried start (1 + d, n) along a direction, or None where it has none."""
+        change = None if direction.start is None else self.source.of(direction.start, self.medium.values)
         if direction.name is not None and direction.name == self.physics.diffusivity:
-            # B changes as if its start were tau times its Laplacian.
-            start, factor = self.places.laplacian(held.c), self.physics.scale * self.tau
-        if start is None:
-            return None
-        change, laplacian = self.places.carried(start, held.carrier), self._laplacian(start, held.carrier)
-        if factor is not None:
-            change = factor * change
-            assert laplacian is None, "the start is carried by the diffusivity itself"
-        return _Held(held.values, start, held.carrier, change, laplacian)
+            if isinstance(self.source, BoxPoints):
+                diffused = self.source.diffused(self.start, self.medium.values)
+                change = diffused if change is None else change + diffused
+        return change
 
 
 @dataclass(eq=False)
@@ -180,38 +158,31 @@ class _Parts:
 class _Equation(_State):
     """Rows of the equation inside the organ."""
 
-    def _flow(self, parts: _Parts, held: _Held) -> torch.Tensor:
+    def _flow(self, parts: _Parts, carried: torch.Tensor) -> torch.Tensor:
         """Change in time less divergence of the flux, linear in the carried start."""
-        d, metric = self.medium.diffusion, self.metric
-        b, slopes = held.carried[0], held.carried[1:]
-        bent = 2 * (metric * slopes * parts.gamma).sum(0) + b * self._bend(parts)
-        flow = b * parts.rate - d * bent
-        if held.laplacian is not None:
-            flow = flow + held.change - d * held.laplacian
-        return parts.e * (flow - self._drift(parts, held))
+        return parts.e * (carried[0] * parts.rate - self._spread(parts, carried, self.medium.diffusion,
+                                                                 self.medium.diffusion_slopes))  # fmt: skip
 
-    def _bend(self, parts: _Parts) -> torch.Tensor:
-        return parts.laplacian + (self.metric * parts.gamma**2).sum(0)
-
-    def _drift(self, parts: _Parts, held: _Held) -> torch.Tensor | float:
-        if self.medium.diffusion_slopes is None:
-            return 0.0
-        b, slopes = held.carried[0], held.carried[1:]
-        return (self.metric * self.medium.diffusion_slopes * (slopes + b * parts.gamma)).sum(0)
+    def _spread(self, parts: _Parts, carried: torch.Tensor, d: torch.Tensor, slopes: torch.Tensor | None
+                ) -> torch.Tensor:  # fmt: skip
+        """Divergence of the flux of w over exp(G), but for that of the carried start itself."""
+        bend = parts.laplacian + (self.metric * parts.gamma**2).sum(0)
+        found = d * (2 * (self.metric * carried[1:] * parts.gamma).sum(0) + carried[0] * bend)
+        return found if slopes is None else found + carried[0] * (self.metric * slopes * parts.gamma).sum(0)
 
     def rows(self, parts: _Parts) -> torch.Tensor:
         """Residuals (n,)."""
-        return self._flow(parts, self.held) - self.medium.growth(parts.u)[0]
+        return self._flow(parts, self.carried) - self.medium.growth(parts.u)[0]
 
     def linear(self, w: torch.Tensor, parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
         """Residuals (n,) and their derivatives by the weights (n, count)."""
         growth, rate = self.medium.growth(parts.u)
-        flow = self._flow(parts, self.held)
+        flow = self._flow(parts, self.carried)
         d, t, u = self.medium.diffusion, self.tau, parts.u
         cotangents = torch.empty(len(self.metric) + 3, len(t), dtype=torch.float64)
         cotangents[0] = t * flow + u - rate * t * u
         cotangents[1] = u * t
-        pull = 2 * d * (parts.e * self.held.carried[1:] + u * parts.gamma)
+        pull = 2 * d * (parts.e * self.carried[1:] + u * parts.gamma)
         if self.medium.diffusion_slopes is not None:
             pull = pull + self.medium.diffusion_slopes * u
         cotangents[2:-1] = -self.metric * t * pull
@@ -220,30 +191,23 @@ class _Equation(_State):
 
     def along(self, parts: _Parts, direction: Direction) -> torch.Tensor:
         """Derivative of the residuals (n,) along a direction of parameters and start, with the weights held."""
-        held, medium, u = self.held, self.medium, parts.u
+        medium, u = self.medium, parts.u
         rate = medium.growth(u)[1]
         total = torch.zeros_like(u)
         change = self.carried_along(direction)
         if change is not None:
-            total = total + self._flow(parts, change) - rate * parts.e * change.carried[0]
+            total = total + self._flow(parts, change) - rate * parts.e * change[0]
         if direction.name is None:
             return total
-        b, slopes = held.carried[0], held.carried[1:]
         diffused = medium.diffusion_along(direction.name)
         if diffused is not None:
-            spread = 2 * (self.metric * slopes * parts.gamma).sum(0) + b * self._bend(parts)
-            if held.laplacian is not None:
-                spread = spread + held.laplacian
-            flux = diffused[0] * spread
-            if diffused[1] is not None:
-                flux = flux + (self.metric * diffused[1] * (slopes + b * parts.gamma)).sum(0)
-            total = total - parts.e * flux
+            total = total - parts.e * self._spread(parts, self.carried, *diffused)
         spared = medium.exponent_along(direction.name)
         if spared is not None:
-            total = total - spared[0] * (self._flow(parts, held) - rate * u)
+            total = total - spared[0] * (self._flow(parts, self.carried) - rate * u)
             if spared[1] is not None:
                 # grad G and lap G change, too.
-                bend = spared[1]
+                b, slopes, bend = self.carried[0], self.carried[1:], spared[1]
                 bent = 2 * (self.metric * bend.slopes * (slopes + b * parts.gamma)).sum(0) + b * bend.laplacian
                 flux = medium.diffusion * bent
                 if medium.diffusion_slopes is not None:
@@ -256,25 +220,21 @@ class _Equation(_State):
 class _Flux(_State):
     """Rows of the outward flux through the organ's surface."""
 
-    def __init__(self, physics, network, guides, points: Points):
-        super().__init__(physics, network, guides, points.surface_x, points.surface_tau)
+    def __init__(self, physics, network, guides, carrier, points: Points):
+        super().__init__(physics, network, guides, carrier, points.surface_x, points.surface_tau)
         # Derivatives are by the unit box's coordinates: n . grad = sum_i n_i / side_i d_i; the flux over a voxel's side
         # in units of the box's longest side squared.
         geometry = physics.geometry
         sides = torch.tensor(geometry.mask.shape * geometry.spacing)
         layer = float(geometry.spacing.min())
-        # Until cells have crossed a voxel, the slope at the surface is that of the start's voxels, which no network
-        # changes: such rows fade towards the first day.
-        fading = (4 * guides.diffusion * self.tau * (physics.length / layer) ** 2).clamp(max=1)
-        self.normals = points.weight * fading * (points.normals / sides).T * physics.length**2 / layer
+        self.normals = points.weight * (points.normals / sides).T * physics.length**2 / layer
 
-    def _through(self, parts: _Parts, held: _Held, diffusion: torch.Tensor) -> torch.Tensor:
-        b, slopes = held.carried[0], held.carried[1:]
-        return diffusion * parts.e * (self.normals * (slopes + b * parts.gamma)).sum(0)
+    def _through(self, parts: _Parts, u: torch.Tensor, diffusion: torch.Tensor) -> torch.Tensor:
+        return diffusion * u * (self.normals * parts.gamma).sum(0)
 
     def rows(self, parts: _Parts) -> torch.Tensor:
         """Flux (m,)."""
-        return self._through(parts, self.held, self.medium.diffusion)
+        return self._through(parts, parts.u, self.medium.diffusion)
 
     def linear(self, w: torch.Tensor, parts: _Parts) -> tuple[torch.Tensor, torch.Tensor]:
         """Flux (m,) and its derivatives by the weights (m, count)."""
@@ -289,12 +249,12 @@ class _Flux(_State):
         total = torch.zeros_like(parts.u)
         change = self.carried_along(direction)
         if change is not None:
-            total = total + self._through(parts, change, self.medium.diffusion)
+            total = total + self._through(parts, parts.e * change[0], self.medium.diffusion)
         if direction.name is None:
             return total
         diffused = self.medium.diffusion_along(direction.name)
         if diffused is not None:
-            total = total + self._through(parts, self.held, diffused[0])
+            total = total + self._through(parts, parts.u, diffused[0])
         spared = self.medium.exponent_along(direction.name)
         if spared is not None:
             total = total - spared[0] * self.rows(parts)
@@ -312,19 +272,19 @@ class Residual:
     network : Network
     points : Points
     guides : Guides
+    carrier : BoxCarrier or OrganCarrier
     """
 
-    def __init__(self, physics: Physics, network: Network, points: Points, guides: Guides):
-        self.network = network
-        self.equation = _Equation(physics, network, guides, points.x, points.tau)
+    def __init__(self, physics: Physics, network: Network, points: Points, guides: Guides, carrier: Carrier):
+        self.equation = _Equation(physics, network, guides, carrier, points.x, points.tau)
         self.pieces: list[_Equation | _Flux] = [self.equation]
         if len(points.surface_x):
-            self.pieces.append(_Flux(physics, network, guides, points))
+            self.pieces.append(_Flux(physics, network, guides, carrier, points))
 
-    def hold(self, values: Mapping[str, float], c: torch.Tensor) -> None:
-        """Set the parameters and the start's coefficients."""
+    def hold(self, values: Mapping[str, float], start: Any) -> None:
+        """Set the parameters and the start, as the carrier made it."""
         for piece in self.pieces:
-            piece.hold(values, c)
+            piece.hold(values, start)
 
     def value(self, w: torch.Tensor) -> torch.Tensor | None:
         """Residuals (n,), or None where the network's exponent is beyond all bounds."""

@@ -16,7 +16,7 @@ from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
 from biomodel.solvers.base import Built, Linearised, Solver
 from biomodel.solvers.torch import TorchSolver
-from pinn.carried import coefficients
+from pinn.carrier import BoxCarrier, OrganCarrier
 from pinn.guides import Guides
 from pinn.network import Network
 from pinn.physics import Physics
@@ -131,6 +131,7 @@ class _Net:
     """A network over one span of time: residuals at its points, and how far it is trained."""
 
     physics: Physics
+    carrier: BoxCarrier | OrganCarrier
     network: Network
     residual: Residual
     fresh: Residual
@@ -175,7 +176,7 @@ class PinnSimulation:
         found = []
         for values, state in rows:
             net = self._solve(values, state, days)
-            found.append(torch.stack([net.voxels.state(net.trained.w, self._tau(net, t)) for t in days]))
+            found.append(torch.stack([net.voxels.state(net.trained.w, net.physics.tau(t)) for t in days]))
         return torch.stack(found).reshape(len(rows), len(days), *self.domain.shape)
 
     def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str | None], plan: Any = None,
@@ -200,14 +201,13 @@ class PinnSimulation:
         ((values, state),) = self._rows(params, u0)
         days = self._days(times)
         net = self._solve(values, state, days)
-        directions = []
-        for i, name in enumerate(wrt):
-            change = None if du0 is None else du0[i].detach().numpy()
-            start = None if change is None or not change.any() else _start(net.physics, change)
-            directions.append(Direction(name, start))
+        changes = None if du0 is None else du0.detach().numpy().reshape(len(wrt), *net.physics.shape)
+        start = state.reshape(net.physics.shape)
+        carried = net.carrier.directions(start, values, days, wrt, changes)
+        directions = [Direction(n, c) for n, c in zip(wrt, carried, strict=True)]
         dw = tangents(net.residual, net.trained.w, directions)
         net.along = {n: dw[i] for i, n in enumerate(wrt) if n is not None}
-        both = [net.voxels.along(net.trained.w, self._tau(net, t), directions, dw) for t in days]
+        both = [net.voxels.along(net.trained.w, net.physics.tau(t), directions, dw) for t in days]
         shape = (1, len(days), *self.domain.shape)
         u = torch.stack([b[0] for b in both]).reshape(shape)
         du = torch.stack([b[1] for b in both], 1).reshape(len(wrt), *shape)
@@ -272,10 +272,6 @@ class PinnSimulation:
             )
         return days
 
-    @staticmethod
-    def _tau(net: _Net, day: float) -> float:
-        return (day - net.physics.start) / net.physics.span
-
     # Training ---------------------------------------------------------------------------------------------------------
 
     def _solve(self, values: dict[str, float], u0: np.ndarray, days: np.ndarray) -> _Net:
@@ -284,9 +280,10 @@ class PinnSimulation:
         net = self._net
         if net is None or net.physics.span < span * (1 - 1e-12):
             net = self._made(values, u0, span)
-        if net.values == values and net.u0 is not None and np.array_equal(net.u0, u0):
-            return net
-        self._move(net, values, u0)
+        if net.values != values or net.u0 is None or not np.array_equal(net.u0, u0):
+            self._move(net, values, u0, days)
+        elif not net.voxels.reaches(days):
+            net.voxels.hold(values, net.carrier.start(u0.reshape(net.physics.shape), values, days))
         self._net = net
         return net
 
@@ -294,28 +291,27 @@ class PinnSimulation:
         """An untrained network for a span of time, its guides at these values."""
         solver = self.solver
         physics = Physics(self.model, self.domain, self.schedule, self.start, span, self.fields)
-        start = physics.geometry.continued(u0.reshape(physics.shape)).numpy()
-        top = float(np.abs(start).max()) or 1.0
-        guides = Guides(physics, values, torch.tensor(coefficients(start)), top)
+        carrier = OrganCarrier(physics, self.domain, self.fields) if physics.rough else BoxCarrier(physics)
+        guides = Guides(physics, values, carrier.guide(u0.reshape(physics.shape), values))
         network = Network(physics.metric, solver.frequencies, tuple(solver.hidden), guides.count)
         count = solver.points or (DENSE if physics.rough else SPARSE) * network.count
-        voxels = Voxels(physics, network, guides)
+        voxels = Voxels(physics, network, guides, carrier)
         dense = None if physics.geometry.whole else dense_where(voxels.reached())
-        points = [Points.draw(physics, count, 2 * solver.seed + i, dense) for i in (0, 1)]
-        residual, fresh = (Residual(physics, network, p, guides) for p in points)
+        points = [Points.draw(physics, carrier, count, 2 * solver.seed + i, dense) for i in (0, 1)]
+        residual, fresh = (Residual(physics, network, p, guides, carrier) for p in points)
         return _Net(
-            physics, network, residual, fresh, voxels,
+            physics, carrier, network, residual, fresh, voxels,
             Trained(network.start(solver.seed)), max(solver.rtol, ROUGH if physics.rough else 0.0),
         )  # fmt: skip
 
-    def _move(self, net: _Net, values: dict[str, float], u0: np.ndarray) -> None:
+    def _move(self, net: _Net, values: dict[str, float], u0: np.ndarray, days: np.ndarray) -> None:
         """Train for other values and another start, from where the network stands if it is trained."""
         solver = self.solver
-        c = _start(net.physics, u0)
+        start = net.carrier.start(u0.reshape(net.physics.shape), values, days)
         candidates = self._candidates(net, values) if net.values else []
         for part in (net.residual, net.fresh):
-            part.hold(values, c)
-        net.voxels.hold(values, c)
+            part.hold(values, start)
+        net.voxels.hold(values, start)
         best: Trained | None = None
         if candidates:
             sizes = [_size(net.residual, w) for w in candidates]
@@ -357,11 +353,6 @@ class PinnSimulation:
             straight = straight + (new - old) * dw
             curved = curved + (old * np.log(new / old) if old * new > 0 else new - old) * dw
         return [w, straight, curved]
-
-
-def _start(physics: Physics, u0: np.ndarray) -> torch.Tensor:
-    """Cosine coefficients of a start, continued beyond the organ."""
-    return torch.tensor(coefficients(physics.geometry.continued(u0.reshape(physics.shape)).numpy()))
 
 
 def _size(residual: Residual, w: torch.Tensor) -> float:

@@ -71,9 +71,15 @@ class Splines:
         """Values (n,) of a voxel field of the box's shape."""
         return (field.reshape(-1)[self.index] * self.weights[0]).sum(1)
 
-    def slopes(self, field: torch.Tensor) -> torch.Tensor:
-        """Value and gradient (1 + d, n), in units of the box's sides."""
-        here = field.reshape(-1)[self.index]
+    def slopes(self, field: torch.Tensor, which: torch.Tensor | None = None) -> torch.Tensor:
+        """Value and gradient (1 + d, n), in units of the box's sides.
+
+        With `which` (n,) the field has a leading axis, and each place takes one of its entries.
+        """
+        if which is None:
+            here = field.reshape(-1)[self.index]
+        else:
+            here = field.reshape(len(field), -1)[which[:, None], self.index]
         d = (len(self.weights) - 1) // 2
         return torch.stack([(here * w).sum(1) for w in self.weights[: d + 1]])
 

@@ -166,8 +166,8 @@ class Splitting:
 
     def __init__(self, residual: Residual):
         self.equation = residual.equation
-        held, t, medium = self.equation.held, self.equation.tau, self.equation.medium
-        b = held.carried[0].clamp_min(1e-12)
+        t, medium = self.equation.tau, self.equation.medium
+        b = self.equation.carried[0].clamp_min(1e-12)
         q = torch.zeros_like(t)
         h = 1.0 / self.STEPS
         for i in range(self.STEPS):
@@ -176,7 +176,7 @@ class Splitting:
             first = self._rate(torch.exp(q - past[0]) * b)
             second = self._rate(torch.exp(q + h * t * first - past[1]) * b)
             q = q + h * t * (first + second) / 2
-        self.target = torch.exp(q - medium.exponent) * held.carried[0]
+        self.target = torch.exp(q - medium.exponent) * self.equation.carried[0]
 
     def _rate(self, u: torch.Tensor) -> torch.Tensor:
         return self.equation.medium.growth(u)[0] / u
@@ -194,7 +194,7 @@ class Splitting:
         """Misfit and its derivatives by the weights (n, count)."""
         equation, t = self.equation, self.equation.tau
         out, kept = equation.network.forward(w, equation.inputs)
-        u = torch.exp(t * out[0] - equation.medium.exponent) * equation.held.carried[0]
+        u = torch.exp(t * out[0] - equation.medium.exponent) * equation.carried[0]
         cotangents = torch.zeros_like(out)
         cotangents[0] = u * t
         return u - self.target, equation.network.jacobian(w, kept, cotangents)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from pinn.carried import on_grid
+from pinn.carrier import BoxVoxels, OrganStart
 from pinn.guides import Guides
 from pinn.network import Network
 from pinn.physics import Physics
-from pinn.residuals import Direction
+from pinn.residuals import Carrier, Direction
 from pinn.splines import on_sides
 
 #: Points evaluated at once.
@@ -22,43 +23,48 @@ GAUSS = (0.5 - 0.5 / math.sqrt(3), 0.5 + 0.5 / math.sqrt(3))
 
 
 class Voxels:
-    """Voxel averages of u = S B exp(tau N), by two Gauss points per axis: exact for cubic polynomials."""
+    """Voxel averages of u = S B exp(tau N).
 
-    def __init__(self, physics: Physics, network: Network, guides: Guides):
+    In a box by two Gauss points per axis, exact for cubic polynomials; in an organ B is known by its averages, and the
+    smooth rest is taken at the voxel's centre.
+    """
+
+    def __init__(self, physics: Physics, network: Network, guides: Guides, carrier: Carrier):
         self.physics, self.network, self.guides = physics, network, guides
-        self.sides = [(torch.arange(n)[:, None] + torch.tensor(GAUSS, dtype=torch.float64)).reshape(-1) / n
-                      for n in physics.shape]  # fmt: skip
+        self.per_side = carrier.per_side
+        within = torch.tensor(GAUSS if self.per_side == 2 else (0.5,), dtype=torch.float64)
+        self.sides = [(torch.arange(n)[:, None] + within).reshape(-1) / n for n in physics.shape]
         self.x = torch.stack(torch.meshgrid(*self.sides, indexing="ij"), -1).reshape(-1, len(self.sides))
-        self.modes = [math.pi * torch.arange(n, dtype=torch.float64) for n in physics.shape]
-        self.cos = [torch.cos(s[:, None] * k) for s, k in zip(self.sides, self.modes, strict=True)]
+        self.source = carrier.voxels(self.sides)
         maps = physics.maps if physics.treated else []
         self.maps = {n: on_sides(physics.fields[n], self.sides).reshape(-1) for n in maps}
         self.mask = torch.tensor(physics.geometry.mask)
 
-    def hold(self, values: Mapping[str, float], c: torch.Tensor) -> None:
-        """Set the parameters and the start's coefficients."""
-        self.values, self.c = values, c
+    def hold(self, values: Mapping[str, float], start: Any) -> None:
+        """Set the parameters and the start."""
+        self.values, self.start = values, start
 
-    def _carried(self, c: torch.Tensor, amount: float) -> torch.Tensor:
-        decay = [torch.exp(-amount * a * k**2) for a, k in zip(self.physics.metric, self.modes, strict=True)]
-        return on_grid(c, self.cos, decay).reshape(-1)
+    def reaches(self, days: Sequence[float] | np.ndarray) -> bool:
+        """Whether the start has been carried to these days."""
+        return not isinstance(self.start, OrganStart) or all(self.physics.tau(d) in self.start.days for d in days)
 
     def reached(self) -> np.ndarray:
         """Where diffusion alone brings the reference start (n_1, ..., n_d): the larger of the first and last day."""
-        ends = [self._average(self._carried(self.guides.c, self.guides.diffusion * tau)) for tau in (0.0, 1.0)]
+        guide: Any = self.guides.carried
+        ends = [self._average(guide.on_grid(self.source, tau)) for tau in (0.0, 1.0)]
         return torch.maximum(*ends).numpy()
 
     def _average(self, u: torch.Tensor) -> torch.Tensor:
         """Points (..., m) to voxels (..., n_1, ..., n_d)."""
         lead = u.shape[:-1]
-        shape = [k for n in self.physics.shape for k in (n, 2)]
+        shape = [k for n in self.physics.shape for k in (n, self.per_side)]
         axes = tuple(len(lead) + 2 * i + 1 for i in range(len(self.sides)))
         return u.reshape(*lead, *shape).mean(axes) * self.mask
 
     def _network(self, w: torch.Tensor, tau: torch.Tensor, dw: torch.Tensor | None):
         """N (m,) and its derivatives (p, m) along `dw` at all points, at one time (1,)."""
         t = tau.expand(len(self.x))
-        further = self.guides.on_grid(self._carried(self.guides.c, self.guides.diffusion * float(tau)), tau, self.sides)
+        further = self.guides.on_grid(self.source, tau, self.sides)
         values, slopes = [], []
         for part in torch.arange(len(self.x)).split(BLOCK):
             features = self.network.features(self.x[part], t[part], [f[part] for f in further])
@@ -73,35 +79,24 @@ class Voxels:
         at = torch.tensor([tau], dtype=torch.float64)
         n, _ = self._network(w, at, None)
         spared = self.physics.spared(self.values, at, self.maps)
-        return self._average(torch.exp(tau * n - spared) * self._carried(self.c, self._amount(tau)))
+        return self._average(torch.exp(tau * n - spared) * self.source.of(self.start, self.values, tau))
 
     def along(self, w: torch.Tensor, tau: float, directions: list[Direction], dw: torch.Tensor
               ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Averages (n_1, ..., n_d), and their derivatives (p, n_1, ..., n_d) along directions with `dw` (p, count)."""
         physics, at = self.physics, torch.tensor([tau], dtype=torch.float64)
-        amount = self._amount(tau)
         n, dn = self._network(w, at, dw)
         factor = torch.exp(tau * n - physics.spared(self.values, at, self.maps))
-        u = factor * self._carried(self.c, amount)
+        u = factor * self.source.of(self.start, self.values, tau)
         change = u * tau * dn
         for i, direction in enumerate(directions):
             if direction.start is not None:
-                change[i] += factor * self._carried(direction.start, amount)
+                change[i] += factor * self.source.of(direction.start, self.values, tau)
             if direction.name is None:
                 continue
-            if direction.name == physics.diffusivity:
-                change[i] += tau * physics.scale * factor * self._carried(self._laplacian(), amount)
+            if direction.name == physics.diffusivity and isinstance(self.source, BoxVoxels):
+                change[i] += factor * self.source.diffused(self.start, self.values, tau)
             spared = physics.spared_along(self.values, at, direction.name, self.maps)
             if spared is not None:
                 change[i] -= spared * u
         return self._average(u), self._average(change)
-
-    def _amount(self, tau: float) -> float:
-        """How far the start has been carried."""
-        return tau * (self.physics.diffusion(self.values) if self.physics.uniform else self.guides.diffusion)
-
-    def _laplacian(self) -> torch.Tensor:
-        total = torch.zeros_like(self.c)
-        for i, (a, k) in enumerate(zip(self.physics.metric, self.modes, strict=True)):
-            total = total - self.c * (a * k**2).reshape([-1 if j == i else 1 for j in range(self.c.ndim)])
-        return total

@@ -12,6 +12,7 @@ from biomodel.solvers.reaction import TorchOps
 from biomodel.terms import TensorDiffusion
 from pinn import PinnSolver
 from pinn.carried import coefficients
+from pinn.carrier import BoxCarrier
 from pinn.guides import Guides
 from pinn.network import Network
 from pinn.physics import Physics
@@ -40,16 +41,18 @@ class Case:
         self.domain = bm.Domain.box((1, 12, 10), (1.0, 1.0, 1.5))
         self.physics = Physics(self.model, self.domain, schedule, 0.0, SPAN)
         rng = np.random.default_rng(0)
-        self.c = torch.tensor(coefficients(0.2 + 0.6 * rng.random((12, 10))))
+        u0 = 0.2 + 0.6 * rng.random((12, 10))
+        self.c = torch.tensor(coefficients(u0))
         self.other = torch.tensor(coefficients(rng.random((12, 10))))
         self.values = {n: float(v) for n, v in self.model.complete().items()}
-        self.guides = Guides(self.physics, self.values, self.c, 0.8)
+        self.carrier = BoxCarrier(self.physics)
+        self.guides = Guides(self.physics, self.values, self.carrier.guide(u0, self.values))
         self.network = Network(self.physics.metric, 3, (7, 6), self.guides.count)
         self.w = 2 * self.network.start(1)
         generator = torch.Generator().manual_seed(2)
         self.x = torch.rand(40, 2, generator=generator, dtype=torch.float64)
         self.tau = torch.rand(40, generator=generator, dtype=torch.float64)
-        self.residual = Residual(self.physics, self.network, Points.inside(self.x, self.tau), self.guides)
+        self.residual = Residual(self.physics, self.network, Points.inside(self.x, self.tau), self.guides, self.carrier)
         self.residual.hold(self.values, self.c)
 
     def spread(self, c, point, amount):
@@ -61,7 +64,8 @@ class Case:
         return found
 
     def w_state(self, point, w, values, c):
-        further = [self.spread(self.guides.c, point, self.guides.diffusion)]
+        guide = self.guides.carried
+        further = [self.spread(guide.start, point, guide.diffusion)]
         if self.guides.count > 1:
             further.append(self.clock(point[2]))
         n = self.network.value(w, self.network.features(point[None, :2], point[2:], [f[None] for f in further]))[0][0]
@@ -128,7 +132,7 @@ def test_derivatives_by_parameters_and_start(case):
 
 
 def test_voxels_and_their_derivatives(case):
-    voxels = Voxels(case.physics, case.network, case.guides)
+    voxels = Voxels(case.physics, case.network, case.guides, case.carrier)
     voxels.hold(case.values, case.c)
     directions = [Direction(n) for n in case.model.free] + [Direction(start=case.other)]
     generator = torch.Generator().manual_seed(3)
@@ -158,7 +162,7 @@ def test_start_holds_exactly_and_nothing_flows_out():
     x = [torch.tensor((np.arange(n * fine) + 0.5) / (n * fine)) for n in (12, 10)]
     grid = torch.stack(torch.meshgrid(*x, indexing="ij"), -1).reshape(-1, 2)
     points = Points.inside(grid, torch.zeros(len(grid), dtype=torch.float64))
-    residual = Residual(case.physics, case.network, points, case.guides)
+    residual = Residual(case.physics, case.network, points, case.guides, case.carrier)
     residual.hold(case.values, case.c)
     averages = residual.state(case.w).reshape(12, fine, 10, fine).mean((1, 3)).numpy()
     assert np.abs(averages - u0).max() < 1e-3  # midpoint rule
