@@ -7,12 +7,14 @@ from pinn.joint_chains import chained
 from pinn.joint_forecast import JointForecast, forecast_joint
 from pinn.joint_posterior import JointPosterior, choose_start, infer_joint, resampled
 from pinn.observed import Cells, Observation, Outline, Uptake
+from pinn.outlines import DURATION, Imaged, Infiltration, WhiteGrey, glioma_problem
 from pinn.solver import PinnSimulation, PinnSolver, TrainingWarning
 from pinn.starts import Foci, FreeStart
 from pinn.states import Posterior, StateProblem, infer
 
 __all__ = [
     "Cells",
+    "DURATION",
     "DataWarning",
     "Discovered",
     "Discovery",
@@ -21,6 +23,8 @@ __all__ = [
     "FreeStart",
     "Gap",
     "GapWarning",
+    "Imaged",
+    "Infiltration",
     "JointForecast",
     "JointPosterior",
     "JointProblem",
@@ -36,10 +40,12 @@ __all__ = [
     "TableGrowth",
     "TrainingWarning",
     "Uptake",
+    "WhiteGrey",
     "chained",
     "choose_start",
     "discover",
     "forecast_joint",
+    "glioma_problem",
     "infer",
     "infer_joint",
     "resampled",

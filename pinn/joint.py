@@ -58,6 +58,11 @@ class JointProblem:
     solver : PinnSolver, TorchSolver or FenicsSolver
     fields : mapping of str to ndarray, optional
         Spatial fields that terms declare beyond the domain's tissues.
+    offset : ndarray, optional
+        Added to the predictions (n,); see `by`.
+    scaled_time : bool
+        The days are in a unit of their own, the time since the start being unknown: a single visit then has a meaning,
+        and only what no unit of time enters is asked of the posterior, such as D / k.
 
     Raises
     ------
@@ -75,6 +80,7 @@ class JointProblem:
     solver: Solver = SMALL
     fields: Mapping[str, np.ndarray] | None = None
     offset: np.ndarray | None = field(default=None, repr=False)
+    scaled_time: bool = False
 
     def __post_init__(self):
         self.observations = sorted(self.observations, key=lambda o: (o.day, o.modality.name))
@@ -267,11 +273,11 @@ def _check(problem: JointProblem) -> None:
             f"all observations are of day {days[0]:g}, that of the start: nothing of {', '.join(free)} can be known. "
             "Put start_day before it, or give a later visit."
         )
-    if len(days) == 1 and len(free) > 1:
+    if len(days) == 1 and len(free) > 1 and not problem.scaled_time:
         raise CalibrationError(
             f"all observations are of day {days[0]:g}: a single visit tells how far cells spread for what they "
-            f"grow (D / k), not each of {', '.join(free)}. Fix all but one (bm.Fixed) to set the time scale, or give a "
-            "further visit."
+            f"grow (D / k), not each of {', '.join(free)}. Fix all but one (bm.Fixed) to set the time scale, give a "
+            "further visit, or ask for ratios alone (scaled_time)."
         )
     _check_treatments(problem, days)
 
