@@ -11,6 +11,7 @@ from biomodel.domain import Domain
 from biomodel.errors import CalibrationError, SolverError
 from biomodel.patient import CellularitySettings, Patient, Visit
 from biomodel.schedule import Schedule
+from biomodel.truth import refine
 
 SETTINGS = CellularitySettings(3.0e-3, 0.6e-3, repeatability_cv=0.05, voxel_cv=0.05, visible_fraction=0.1)
 TRUE = {"growth.k": 0.05, "diffusion.D": 0.1, "paclitaxel.efficacy": 0.08}
@@ -18,14 +19,20 @@ MODEL = bm.ReactionDiffusion(bm.Logistic(), bm.Isotropic(), [bm.Chemotherapy("pa
 DAYS = (0.0, 10.0, 20.0, 35.0)
 
 
-def make_patient(shape=(1, 1, 40), finer=4):
-    """A patient whose truth is solved on a finer grid; along the last axes of a box inside the organ."""
+def make_patient(shape=(1, 1, 40), finer=4, radius=None):
+    """A patient whose truth is solved on a finer grid, along the last axes of a box; the organ is it or a ball."""
     rng = np.random.default_rng(0)
     axes = [i for i, n in enumerate(shape) if n > 1]
     factor = [finer if i in axes else 1 for i in range(3)]
-    fine = Domain.box(tuple(n * f for n, f in zip(shape, factor, strict=True)), tuple(1.5 / f for f in factor))
-    place = np.meshgrid(*(fine.coords[a] - fine.coords[a].mean() for a in "zyx"), indexing="ij")
-    u0 = 0.7 / (1 + np.exp((np.sqrt(sum(p**2 for p in place)) - 9) / 1.5))
+    coarse = Domain.box(shape, (1.5,) * 3)
+    place = np.meshgrid(*(coarse.coords[a] - coarse.coords[a].mean() for a in "zyx"), indexing="ij")
+    mask = np.ones(shape, bool) if radius is None else sum(p**2 for p in place) < radius**2
+    fine = Domain.box(tuple(n * f for n, f in zip(shape, factor, strict=True)), tuple(1.5 / f for f in factor),
+                      refine(mask, factor))  # fmt: skip
+    place = list(np.meshgrid(*(fine.coords[a] - fine.coords[a].mean() for a in "zyx"), indexing="ij"))
+    if radius is not None:
+        place[-1] = place[-1] - radius + 8  # the tumour touches the organ's edge
+    u0 = fine.mask * 0.7 / (1 + np.exp((np.sqrt(sum(p**2 for p in place)) - 9) / 1.5))
     schedule = Schedule.weekly("paclitaxel", 1.5, 3, 80, "mg/m^2")
     states = [u0, *bm.TorchSolver(rtol=1e-5).build(MODEL, fine, schedule)(TRUE, u0, DAYS[1:])[0].numpy()]
     visits = []
@@ -33,7 +40,8 @@ def make_patient(shape=(1, 1, 40), finer=4):
         u = u.reshape([k for n, f in zip(shape, factor, strict=True) for k in (n, f)]).mean((1, 3, 5))
         adc = (3.0e-3 - 2.4e-3 * u) * (1 + 0.05 * rng.standard_normal(u.shape))
         visits.append(Visit(number=number, day=day, adc=adc, region=u >= 0.1))
-    return Patient("virtual", "breast", Domain.box(shape, (1.5,) * 3), tuple(visits), schedule, cellularity=SETTINGS)
+    domain = Domain.box(shape, (1.5,) * 3, mask)
+    return Patient("virtual", "breast", domain, tuple(visits), schedule, cellularity=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +92,18 @@ def test_refusals():
     with pytest.raises(CalibrationError, match="no images.*Laplace"):
         bm.calibrate(MODEL, patient.without_images(), method=pinn.LMPinn())
     mask = np.ones(patient.domain.shape, bool)
-    mask[..., 10] = False
-    holed = dataclasses.replace(patient, domain=Domain.box(patient.domain.shape, (1.5,) * 3, mask=mask))
-    with pytest.raises(SolverError, match="leaves out 1 of .*TorchSolver"):
-        bm.calibrate(MODEL, holed, method=pinn.LMPinn())
+    mask[..., 3] = False
+    halves = dataclasses.replace(patient, domain=Domain.box(patient.domain.shape, (1.5,) * 3, mask=mask))
+    with pytest.raises(SolverError, match="2 components .*TorchSolver"):
+        bm.calibrate(MODEL, halves, method=pinn.LMPinn())
     with pytest.raises(CalibrationError, match="at least two visits"):
         bm.calibrate(MODEL, patient.until(visit=1), method=pinn.LMPinn())
 
 
 @pytest.mark.slow
-def test_two_dimensions():
-    patient = make_patient((1, 24, 26), finer=2).until(visit=3)
+@pytest.mark.parametrize(("shape", "radius"), [((1, 24, 26), None), ((1, 32, 32), 22.0)], ids=["box", "organ"])
+def test_two_dimensions(shape, radius):
+    patient = make_patient(shape, 2, radius).until(visit=3)
     network, classical = bm.calibrate(MODEL, patient, method=pinn.LMPinn()), bm.calibrate(MODEL, patient)
     compared = [network.names.index(n) for n in MODEL.free]
     off = ((network.z - classical.z) / classical.sd)[compared]
