@@ -235,14 +235,18 @@ class _Student:
         return constant - np.log(np.diag(self.root)).sum() - (nu + p) / 2 * np.log1p(squares / nu)
 
 
-def resampled(posterior: JointPosterior, draws: int = 384, rounds: int = 2, seed: int = 0, solver: Solver = ROUGH
-              ) -> JointPosterior:  # fmt: skip
+def resampled(posterior: JointPosterior, draws: int = 256, rounds: int = 8, wanted: float = 200.0, seed: int = 0,
+              solver: Solver = ROUGH) -> JointPosterior:  # fmt: skip
     """The posterior by importance sampling around its Gaussian.
 
     Parameters
     ----------
     draws : int
         Of each round.
+    rounds : int
+        Most rounds; there are at least two.
+    wanted : float
+        Effective sample size at which no further round is begun.
     solver : Solver
         Classical; it weighs the draws.
 
@@ -279,6 +283,8 @@ def resampled(posterior: JointPosterior, draws: int = 384, rounds: int = 2, seed
         if not np.isfinite(total):
             break
         weights = np.exp(log_weight - total)
+        if turn and 1 / (weights**2).sum() >= wanted:
+            break
         # Where few draws have the weight, they are tempered until they tell a shape.
         shape = weights.copy()
         while 1 / (shape**2).sum() < 3 * size:

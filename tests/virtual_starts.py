@@ -23,8 +23,8 @@ BEFORE = 15.0
 CELLS, OUTLINE, CUT = 0.75, 0.5, 0.3
 #: Cell fraction above which volumes are counted.
 VISIBLE = 0.1
-#: Seeds of the benchmark's patients: `FIRST`, FIRST + 1, ...
-FIRST = 7000
+#: Seeds of the benchmark's patients: `FIRST`, FIRST + 1, ... Seeds from 7000 on were seen while the sampler was made.
+FIRST = 8000
 
 PRIORS = {"diffusion.D": bm.LogNormal(0.15, 0.5), "growth.k": bm.LogNormal(0.06, 0.4)}
 PEAK, WIDTH = bm.LogitNormal(0.4, 0.8), bm.LogNormal(4.5, 0.3)
