@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -276,6 +276,7 @@ class Residual:
     """
 
     def __init__(self, physics: Physics, network: Network, points: Points, guides: Guides, carrier: Carrier):
+        self.points = points
         self.equation = _Equation(physics, network, guides, carrier, points.x, points.tau)
         self.pieces: list[_Equation | _Flux] = [self.equation]
         if len(points.surface_x):
@@ -296,6 +297,10 @@ class Residual:
             found.append(piece.rows(parts))
         return torch.cat(found)
 
+    def worst(self, w: torch.Tensor, count: int) -> torch.Tensor:
+        """Indices (count,) of the points inside where the equation is violated most."""
+        return self.equation.rows(_given(self.equation.parts(w))).abs().topk(count).indices
+
     def state(self, w: torch.Tensor) -> torch.Tensor:
         """Cell fraction (n,) at the points inside."""
         return self.equation.value(w)
@@ -312,6 +317,19 @@ class Residual:
             parts = _given(piece.parts(w))
             found.append(torch.stack([piece.along(parts, direction) for direction in directions]))
         return torch.cat(found, 1)
+
+
+def sharpened(trained: Residual, fresh: Residual, w: torch.Tensor, seed: int) -> Points:
+    """Points for further training: half of those trained on, and of fresh ones the half where the equation fails most.
+
+    Wu et al. 2023, Comput Methods Appl Mech Eng 403:115671, doi:10.1016/j.cma.2022.115671, choose by the residual, too.
+    """
+    old, new = trained.points, fresh.points
+    count = len(old.tau)
+    kept = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: count - count // 2]
+    added = fresh.worst(w, min(count // 2, len(new.tau)))
+    x = torch.cat((old.x[kept], new.x[added]))
+    return replace(old, x=x, tau=torch.cat((old.tau[kept], new.tau[added])))
 
 
 def _given(parts: _Parts | None) -> _Parts:

@@ -20,7 +20,7 @@ from pinn.carrier import BoxCarrier, OrganCarrier
 from pinn.guides import Guides
 from pinn.network import Network
 from pinn.physics import Physics
-from pinn.residuals import Direction, Points, Residual, dense_where
+from pinn.residuals import Direction, Points, Residual, dense_where, sharpened
 from pinn.training import DAMPING, Splitting, Trained, tangents, train
 from pinn.voxels import Voxels
 
@@ -30,6 +30,9 @@ FAILED = 10.0
 #: Points per weight there, and elsewhere: a rough medium takes more to pin a network down.
 ROUGH = 1e-2
 DENSE, SPARSE = 10, 3
+#: Points are drawn anew, where the residual is large, at most so many times, while the residual at fresh points is
+#: larger than at those trained on by this factor.
+ROUNDS, OVERFIT = 3, 3.0
 #: The guess by operator splitting is fitted to this relative accuracy, in at most so many iterations.
 GUESS, GUESSING = 2e-2, 40
 
@@ -133,11 +136,14 @@ class _Net:
     physics: Physics
     carrier: BoxCarrier | OrganCarrier
     network: Network
+    residual_at: Callable[[Points], Residual]
+    dense: torch.Tensor | None
     residual: Residual
     fresh: Residual
     voxels: Voxels
     trained: Trained
     target: float
+    rounds: int = 0
     values: dict[str, float] = field(default_factory=dict)
     u0: np.ndarray | None = None
     along: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -304,9 +310,13 @@ class PinnSimulation:
         voxels = Voxels(physics, network, guides, carrier)
         dense = None if physics.geometry.whole else dense_where(voxels.reached())
         points = [Points.draw(physics, carrier, count, 2 * solver.seed + i, dense) for i in (0, 1)]
-        residual, fresh = (Residual(physics, network, p, guides, carrier) for p in points)
+
+        def residual_at(points: Points) -> Residual:
+            return Residual(physics, network, points, guides, carrier)
+
+        residual, fresh = (residual_at(p) for p in points)
         return _Net(
-            physics, carrier, network, residual, fresh, voxels,
+            physics, carrier, network, residual_at, dense, residual, fresh, voxels,
             Trained(network.start(solver.seed)), max(solver.rtol, ROUGH if physics.rough else 0.0),
         )  # fmt: skip
 
@@ -332,6 +342,7 @@ class PinnSimulation:
             cold = train(net.residual, replace(cold, damping=1e-3), net.target, solver.iterations)
             best = cold if best is None or cold.rms < best.rms else best
         assert best is not None
+        best = self._sharpened(net, best, start)
         if not np.isfinite(best.rms):
             raise NotFiniteError("PinnSolver: the residual is not finite; the parameters are too extreme.")
         self.iterations += best.iterations
@@ -346,6 +357,21 @@ class PinnSimulation:
                 TrainingWarning,
                 stacklevel=4,
             )
+
+    def _sharpened(self, net: _Net, best: Trained, start: Any) -> Trained:
+        """Training goes on at other points while fresh ones show that it knows only its own."""
+        while net.physics.rough and net.rounds < ROUNDS:
+            if _size(net.fresh, best.w) <= OVERFIT * max(best.rms, net.target):
+                break
+            net.rounds += 1
+            seed = 2 * self.solver.seed + 1 + net.rounds
+            points = sharpened(net.residual, net.fresh, best.w, seed)
+            drawn = Points.draw(net.physics, net.carrier, len(points.tau), seed, net.dense)
+            net.residual, net.fresh = (net.residual_at(p) for p in (points, drawn))
+            for part in (net.residual, net.fresh):
+                part.hold(net.voxels.values, start)
+            best = train(net.residual, replace(best, damping=DAMPING), net.target, self.solver.iterations)
+        return best
 
     @staticmethod
     def _candidates(net: _Net, values: dict[str, float]) -> list[torch.Tensor]:
