@@ -5,6 +5,7 @@ from pinn.discover import Discovered, Discovery, Formula, NetworkGrowth, TableGr
 from pinn.joint import DataWarning, JointProblem
 from pinn.joint_chains import chained
 from pinn.joint_forecast import JointForecast, forecast_joint
+from pinn.joint_patient import joint_problem
 from pinn.joint_posterior import JointPosterior, choose_start, infer_joint, resampled
 from pinn.observed import Cells, Observation, Outline, Uptake
 from pinn.outlines import DURATION, Imaged, Infiltration, WhiteGrey, glioma_problem
@@ -48,5 +49,6 @@ __all__ = [
     "glioma_problem",
     "infer",
     "infer_joint",
+    "joint_problem",
     "resampled",
 ]
