@@ -94,6 +94,17 @@ NETWORK = PinnSolver(rtol=1e-2, frequencies=3, hidden=(14, 14), points=6000, ite
 SOLVERS = {"network": NETWORK, "Gauss-Newton, same voxels": bm.TorchSolver(rtol=3e-3)}
 
 
+def beginning(problem: JointProblem) -> np.ndarray:
+    """The priors' means with the most likely of the first image's guesses of the seed, for either solver."""
+    classical = problem.by(SOLVERS["Gauss-Newton, same voxels"])
+    found = []
+    for guess in problem.bound.guesses(np.nan_to_num(problem.observations[0].values)):
+        z = problem.prior.mean.copy()
+        z[problem.cut[1]] = guess
+        found.append(np.clip(z, *problem.limits))
+    return min(found, key=classical.objective)
+
+
 def overlaps(u: np.ndarray, truth: np.ndarray) -> str:
     """Dice at all levels."""
     return "/".join(f"{dice(u >= level, truth >= level):.3f}" for level in LEVELS)
@@ -123,7 +134,7 @@ def main() -> None:
                 told = print if arguments.progress else None
                 if name == "network":
                     problem.simulation.progress = told
-                found = infer_joint(problem, search=None, tolerance=TOLERANCE, progress=told)
+                found = infer_joint(problem, begin=beginning(problem), tolerance=TOLERANCE, progress=told)
             spent = time.process_time() - before
             values = problem.physical(found.z)
             off = [f"{np.log(values[n] / v):+.3f} ({found.sd[problem.names.index(n)]:.3f})"

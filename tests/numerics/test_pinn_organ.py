@@ -1,17 +1,37 @@
 """`PinnSolver` in an organ with tissues and a drug map, against the classical solver on the same model object."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
 import biomodel as bm
+from biomodel.parameters import Parameter
 from biomodel.schedule import Dose
+from biomodel.terms import Growth
 from pinn import PinnSolver
 
 SCHEDULE = bm.Schedule(
     doses=[Dose(4.0, "paclitaxel", 80.0, "mg/m^2"), Dose(11.0, "paclitaxel", 80.0, "mg/m^2")],
 )
 DAYS = [8.0, 20.0]
+
+
+@dataclass(frozen=True)
+class Fed(Growth):
+    """Growth in proportion to a field."""
+
+    @property
+    def parameters(self):
+        return (Parameter("k", "1/day", bm.LogNormal(0.1, 0.5), (1e-6, 2.0), "", "growth rate"),)
+
+    @property
+    def fields(self):
+        return ("oxygen",)
+
+    def rate(self, u, p, c, ops):
+        return p["k"] * c.oxygen * u * (1 - u)
 
 
 class Slice:
@@ -24,6 +44,7 @@ class Slice:
         tissues = {"adipose": fat * mask, "fibroglandular": (1 - fat) * mask}
         self.domain = bm.Domain.box((1, n, n), (1.0, spacing, spacing), mask, tissues)
         self.fields = {"drug_map": (0.5 + 0.5 * np.exp(-((y - 5) ** 2 + (x + 4) ** 2) / 200))[None]}
+        self.fields["oxygen"] = (1 + x / 40)[None]
         self.u0 = torch.tensor((0.6 * np.exp(-((y + 8) ** 2 + (x - 9) ** 2) / 30))[None, None] * mask)
 
 
@@ -33,6 +54,7 @@ def organ():
 
 
 MODELS = {
+    "fed": (bm.ReactionDiffusion(Fed(), bm.Isotropic()), bm.Schedule(), {"growth.k": 0.12, "diffusion.D": 0.3}),
     "mask": (bm.ReactionDiffusion(), bm.Schedule(), {"growth.k": 0.12, "diffusion.D": 0.5}),
     "everything": (
         bm.ReactionDiffusion(bm.Logistic(), bm.TissueDiffusion(), [bm.Chemotherapy("paclitaxel", map="drug_map")]),
@@ -46,7 +68,7 @@ SMALL = PinnSolver(hidden=(12, 12), frequencies=4, points=2000)
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def both(request, organ):
     model, schedule, values = MODELS[request.param]
-    fields = organ.fields if request.param == "everything" else {}
+    fields = {n: organ.fields[n] for n in model.fields if n in organ.fields}
     simulations = [s.build(model, organ.domain, schedule, fields) for s in (SMALL, bm.TorchSolver(rtol=1e-5))]
     names = list(values)
     return [s.sensitivities(values, organ.u0, DAYS, names) for s in simulations], simulations, values, names
