@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -292,7 +293,7 @@ class Stream:
         for number in range(self.begin, self.count):
             asked = time.monotonic()
             with self._lock:
-                self._lock.wait_for(lambda n=number: n in self._made or self._error)
+                self._lock.wait_for(partial(self._settled, number))
                 if number not in self._made:
                     error = self._error
                     break
@@ -307,6 +308,9 @@ class Stream:
             return
         self.close()
         raise StreamError(error)
+
+    def _settled(self, number: int) -> bool:
+        return number in self._made or bool(self._error)
 
     # The thread -------------------------------------------------------------------------------------------------------
 
