@@ -148,12 +148,16 @@ class _Pretrain:
         embedding, tokens = encoder.tokens(shown, maps)
         spread = tokens.to(maps.dtype)[:, :, None, None, None].expand(-1, -1, *maps.shape[2:])
         narrow = self.module.narrow(torch.cat((maps, spread), 1))
-        filled = self.module.fill(nn.functional.interpolate(narrow, images.shape[2:], mode="trilinear"))
+        # Means over two voxels along each axis: an eighth of the work, and voxel noise is no subject to learn.
+        half = [-(-n // 2) for n in images.shape[2:]]
+        target = nn.functional.interpolate(torch.asinh(images), half, mode="area")
+        hidden = nn.functional.interpolate(batch.hidden.float(), half, mode="area")
+        filled = self.module.fill(nn.functional.interpolate(narrow, half, mode="trilinear"))
         there = torch.zeros(len(KINDS), _IMAGES, device=images.device)
         for kind, names in _SEEN.items():
             there[KINDS.index(kind), [CHANNELS.index(n) for n in names]] = 1
-        weight = batch.hidden * there[one.kind][:, :, None, None, None]
-        misfit = nn.functional.smooth_l1_loss(filled.float(), torch.asinh(images), reduction="none", beta=0.1)
+        weight = hidden * there[one.kind][:, :, None, None, None]
+        misfit = nn.functional.smooth_l1_loss(filled.float(), target, reduction="none", beta=0.1)
         loss = (misfit * weight).sum() / weight.sum()
         if batch.two is not None and one.size > 1:
             loss = loss + self.settings.contrast * self._contrast(embedding, encoder(batch.two))
