@@ -25,8 +25,8 @@ from pinn.secondorder import Rows
 #: How many times more than the noise allows an error of the equation counts: at 1 a residual as large as the noise over
 #: the whole span costs as much as the data's noise does.
 WEIGHT = 100.0
-#: Points of the residual, and on the surface.
-POINTS, SURFACE = 1000, 300
+#: Points of the residual per unknown, and on the surface. A network with fewer fits the equation at the points alone.
+DENSITY, SURFACE = 4, 300
 
 
 class Collocation(dde.data.TimePDE):
@@ -143,7 +143,7 @@ class Inverse:
         object.__setattr__(self, "until", float(end))
 
     def posed(self, core: torch.nn.Module | None = None, features: Features | None = None,
-              hidden: tuple[int, ...] = (16, 16), growing: bool = True, points: int = POINTS, seed: int = 0,
+              hidden: tuple[int, ...] = (16, 16), growing: bool = True, points: int | None = None, seed: int = 0,
               weight: float = WEIGHT, causal: Causal | None = None) -> Posed:  # fmt: skip
         """The problem with a network.
 
@@ -155,8 +155,8 @@ class Inverse:
             Cosines by default.
         growing : bool
             Whether w = B exp(tau n) or w = (sqrt(B) + tau n)², with B the carried start.
-        points : int
-            Where the equation is asked for.
+        points : int, optional
+            Number of places and times where the equation is asked for; four per unknown by default.
         weight : float
             Of the equation; see `WEIGHT`.
         causal : Causal, optional
@@ -188,7 +188,7 @@ class Posed:
     """
 
     def __init__(self, inverse: Inverse, physics: Physics, core: torch.nn.Module | None, features: Features | None,
-                 hidden: tuple[int, ...], growing: bool, points: int, seed: int, weight: float,
+                 hidden: tuple[int, ...], growing: bool, points: int | None, seed: int, weight: float,
                  causal: Causal | None):  # fmt: skip
         self.inverse, self.physics, self.causal = inverse, physics, causal
         self.equation = equation = Equation(physics)
@@ -209,7 +209,8 @@ class Posed:
         self.flux = ZeroFlux(equation, self.net, SURFACE, sides, seed) if sides or not physics.geometry.whole else None
         if self.flux is not None:
             self.conditions.append(self.flux)
-        self.points = draw(physics, points, seed)
+        unknowns = sum(p.numel() for p in self.net.parameters())
+        self.points = draw(physics, points or DENSITY * unknowns, seed)
         self.data = self._data()
         self.model = Model(self.data, self.net, [])
         self.weigh(weight)

@@ -3,23 +3,31 @@
 D = 0.01 and rho = 4 on the unit box, zero flux, known start (`tests/fisher_kpp.py`); data at t = 0.3 and 0.6, forecast
 at t = 1; the search starts at D = 0.03, rho = 1. Noise is a share of the largest value. The truth is a cosine spectral
 method on a finer grid, and so are the maximum likelihood and the posterior sd in whose units errors are given. All see
-the same data and, but for DeepXDE, the same weak priors; one thread, CPU-seconds of the inference alone.
+the same data and, but for DeepXDE's recipe, the same weak priors; one thread, CPU-seconds of the inference alone.
 
 - network: `PinnSolver` with Gauss-Newton on the parameters, the weights marginalised.
 - Gauss-Newton, L-BFGS: on `TorchSolver` at the data's grid, by its sensitivities and by its adjoint gradient; "on half
   voxels" is Gauss-Newton on a grid of half the voxel size, whose averages are compared with the data.
+- DeepXDE + LM: `pinn.dde`, a network of DeepXDE with the equation's residual, likelihood and priors, weights and
+  parameters together by Levenberg-Marquardt, the equation's weight rising.
+- SS-Broyden, NNCG: the same network and losses at one weight, by the self-scaled Broyden method (`pinn.broyden`) and by
+  DeepXDE's own second-order method, NysNewton-CG, after 2000 iterations of Adam.
 - DeepXDE: its usual recipe for inverse problems (Adam, then L-BFGS; losses of equation, start, flux and data added
   up), with PyTorch, in its usual single precision.
 
 State (at t = 0.6) and forecast are a network's own, of the first five seeds; re-solved is the forecast of `TorchSolver`
 on the data's grid at the parameters found.
 
-Run: python tests/benchmarks/bench_pinn.py [--seeds 20] [--deepxde 2] [--only 1d-1 1d-5 2d-5] [--results FILE]
-With --results each fit is kept in that file as it ends, and a later run goes on from there.
+Run: python tests/benchmarks/bench_pinn.py [--seeds 20] [--dear 2] [--only 1d-1 1d-5 2d-5] [--methods ...]
+                                           [--results FILE]
+`--dear` is the number of seeds of methods that take minutes each. With --results each fit is kept in that file as it
+ends, and a later run goes on from there.
 """
 
 import argparse
+import contextlib
 import functools
+import io
 import json
 import os
 import sys
@@ -46,6 +54,9 @@ NAMES = ("growth.k", "diffusion.D")
 OWN = 5
 #: Iterations of Adam and most of L-BFGS.
 ADAM, LBFGS = 15_000, 15_000
+#: Weights of the equation of DeepXDE + LM, one after the other; that of the others; and their most iterations.
+RISING, WEIGHT = (10.0, 100.0, 1000.0), 100.0
+BROYDEN, NNCG = 2000, 300
 
 
 @functools.cache
@@ -186,13 +197,53 @@ def deepxde(problem, data, sd, seed):
     )
 
 
+def posed(problem, data, sd, seed):
+    """The problem for `pinn.dde`, with a network up to the forecast's day."""
+    from pinn import dde
+
+    inverse = dde.Inverse(problem.model, problem.domain, bm.Schedule(), problem.u0.numpy(), problem.days[:2], data, sd,
+                          until=problem.days[-1])  # fmt: skip
+    return dde, inverse.posed(seed=seed)
+
+
+def bridge(problem, data, sd, seed):
+    dde, one = posed(problem, data, sd, seed)
+    found = dde.SecondOrder(weights=RISING).train(one)
+    return found.z, found.sd, lambda: one.states(problem.days)
+
+
+def broyden(problem, data, sd, seed):
+    dde, one = posed(problem, data, sd, seed)
+    one.weigh(WEIGHT)
+    dde.broyden(one, BROYDEN)
+    return one.z, None, lambda: one.states(problem.days)
+
+
+def nncg(problem, data, sd, seed):
+    dde, one = posed(problem, data, sd, seed)
+    one.weigh(WEIGHT)
+    one.model.compile("adam", lr=1e-3)
+    one.model.train(iterations=2000, display_every=10**9)
+    # A damping below the loss's own curvature, which is about 100; rank, tolerance and line search are DeepXDE's.
+    dde.dde.optimizers.set_NNCG_options(mu=1e-2, cgtol=1e-6, cgmaxiter=200)
+    one.model.compile("NNCG")
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports each conjugate gradient that was cut short
+        one.model.train(iterations=NNCG, display_every=10**9)
+    return one.z, None, lambda: one.states(problem.days)
+
+
 METHODS = {
-    "network": network,
     "Gauss-Newton": gauss_newton,
     "on half voxels": gauss_newton_fine,
     "adjoint L-BFGS": lbfgs,
+    "network": network,
+    "DeepXDE + LM": bridge,
+    "SS-Broyden": broyden,
+    "NNCG": nncg,
     "DeepXDE": deepxde,
 }
+#: Methods that take minutes for a fit.
+DEAR = ("DeepXDE + LM", "SS-Broyden", "NNCG", "DeepXDE")
 
 
 def fit(key, method, seed):
@@ -225,7 +276,7 @@ def table(rows):
           f"{'state':>9}{'forecast':>10}{'re-solved':>11}{'CPU s':>9}{'ratio':>8}")  # fmt: skip
     for key in PROBLEMS:
         base = None
-        for method in ("Gauss-Newton", "on half voxels", "adjoint L-BFGS", "network", "DeepXDE"):
+        for method in METHODS:
             here = [r for r in rows if (r["problem"], r["method"]) == (key, method)]
             if not here:
                 continue
@@ -248,7 +299,8 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--deepxde", type=int, default=2, help="seeds of DeepXDE, which takes minutes each")
+    parser.add_argument("--dear", type=int, default=2, help="seeds of the methods that take minutes each")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--only", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--results", type=Path)
     given = parser.parse_args()
@@ -258,9 +310,9 @@ def main():
     if given.results and given.results.exists():
         rows = [json.loads(line) for line in given.results.read_text().splitlines()]
     done = {(r["problem"], r["method"], r["seed"]) for r in rows}
-    for method in METHODS:
+    for method in given.methods:
         for key in given.only:
-            for seed in range(given.deepxde if method == "DeepXDE" else given.seeds):
+            for seed in range(given.dear if method in DEAR else given.seeds):
                 if (key, method, seed) in done:
                     continue
                 rows.append(fit(key, method, seed))
