@@ -262,13 +262,26 @@ class Trainer:
             Receives a line every `each` chunks.
         """
         size = chunks.chunk if isinstance(chunks, Stream) else None
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            # The networks are too small for more, and production has the other cores.
+            torch.set_num_threads(1)
+        try:
+            self._all(chunks, size, checkpoint, each, progress)
+        finally:
+            torch.set_num_threads(threads)
+        self.finish()
+        return self.history
+
+    def _all(self, chunks: Iterable[Chunk], size: int | None, checkpoint: str | Path | None, each: int,
+             progress: Callable[[str], None] | None) -> None:  # fmt: skip
         for chunk in chunks:
-            began = time.process_time()
+            began, size = time.process_time(), size or len(chunk.arrays["z"])
             self.take(chunk)
             for _ in range(self.recipe.steps):
                 self.step()
             self.history.seconds += time.process_time() - began
-            seen = chunk.first // (size or len(chunk.arrays["z"])) + 1
+            seen = chunk.first // size + 1
             if seen % each == 0:
                 if checkpoint is not None:
                     self.save(checkpoint, seen)
@@ -276,8 +289,6 @@ class Trainer:
                     h, last = self.history, slice(-10 * self.recipe.steps, None)
                     progress(f"chunk {seen} of {self.chunks}: density {np.mean(h.density[last]):.3f}, maps "
                              f"{np.sqrt(np.mean(h.maps[last])):.4f}, {h.seconds:.0f} CPU-seconds")  # fmt: skip
-        self.finish()
-        return self.history
 
     def finish(self) -> None:
         """Give the operator the running mean of its weights."""
