@@ -56,7 +56,7 @@ OWN = 5
 ADAM, LBFGS = 15_000, 15_000
 #: Weights of the equation of DeepXDE + LM, one after the other; that of the others; and their most iterations.
 RISING, WEIGHT = (10.0, 100.0, 1000.0), 100.0
-BROYDEN, NNCG = 2000, 300
+BROYDEN, NNCG = 600, 100
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from biomodel.schedule import Fraction
 from fisher_kpp import Problem
 from pinn import StateProblem, infer
 from pinn.memory import OutOfMemoryWarning
-from pinn.secondorder import Rows
+from pinn.secondorder import Dense, MatrixFree, Rows
 
 pinn_dde = pytest.importorskip("pinn.dde", reason="DeepXDE is not installed: pip install 'tumorcast[pinn]'")
 training = pinn_dde.training
@@ -192,3 +192,15 @@ def test_causal_weights_fall_with_time():
     v = pinn_dde.network.flat(posed.net)[0]
     half = sum(0.5 * float(r.value(v).square().sum()) for r in posed.rows())
     assert training.objective(posed)(v)[0] * len(posed.seen.data) == pytest.approx(half, rel=1e-10)
+
+
+def test_without_the_matrix_the_step_is_the_same():
+    """Forward and reverse mode through the equation, for networks too large for J'J."""
+    posed = small(hidden=(3, 3), points=30)
+    rows, v = posed.rows(), pinn_dde.network.flat(posed.net)[0]
+    dense, free = Dense().at(rows, v), MatrixFree(most=500, tolerance=1e-10).at(rows, v)
+    assert torch.allclose(free.gradient, dense.gradient, rtol=1e-8, atol=1e-8 * float(dense.gradient.abs().max()))
+    step = torch.linspace(-1, 1, len(v), dtype=torch.float64)
+    assert torch.allclose(free.push(step), dense.push(step), atol=1e-8 * float(dense.push(step).abs().max()))
+    wanted = dense.solve(1e-3 * dense.scale, dense.gradient)
+    assert torch.allclose(free.solve(1e-3 * dense.scale, free.gradient), wanted, rtol=1e-4, atol=1e-6)
