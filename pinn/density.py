@@ -72,6 +72,8 @@ class MixtureHead(torch.nn.Module):
     seed : int
     """
 
+    upper: torch.Tensor
+
     def __init__(self, features: int, coordinates: int, components: int = 3, hidden: tuple[int, ...] = (128, 128),
                  seed: int = 0):  # fmt: skip
         super().__init__()

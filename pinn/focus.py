@@ -33,6 +33,10 @@ class FocusMaps(torch.nn.Module):
     domain : Domain
     """
 
+    steps: torch.Tensor
+    prior_mean: torch.Tensor
+    prior_sd: torch.Tensor
+
     def __init__(self, foci: Foci, domain: Domain):
         super().__init__()
         bound: BoundFoci = foci.on(domain)
@@ -102,7 +106,7 @@ class FocusMaps(torch.nn.Module):
         for j, axis in enumerate(self.axes):
             edges, half = self.edges(axis), self.steps[j] / 2
             total = total * width[:, None] / wide
-            images = 0.0
+            images = torch.zeros_like(x[..., j])
             for centre in (place[:, j], 2 * edges[0] - place[:, j], 2 * edges[-1] - place[:, j]):
                 off = (x[..., j] - centre[:, None]) / (math.sqrt(2) * wide)
                 span = half / (math.sqrt(2) * wide)

@@ -115,6 +115,9 @@ class Summary(torch.nn.Module):
     setting : Setting
     """
 
+    places: torch.Tensor
+    rings: torch.Tensor
+
     def __init__(self, setting: Setting):
         super().__init__()
         self.setting, self.maps = setting, FocusMaps(setting.start, setting.domain)

@@ -6,10 +6,10 @@ treatment, over a time t (exact where the growth law has a closed form),
     u(x, t) = R_t(B(x, t)) exp(s N),   N = sum_k b_k(parameters, treatment) t_k(x, t),   s = t / last day.
 
 R_t(B) is the solution where either diffusion or growth is slow, and has jumps and decay of treatments exactly; the
-start holds whatever N is, for a focus that no wall cuts off. The network N (branch b, trunk t: Lu et al. 2021, Nat Mach Intell 3:218,
-doi:10.1038/s42256-021-00302-5) learns what both do together: from simulated maps, and from the residual of the model's
-own equation (Wang, Wang and Perdikaris 2021, Sci Adv 7:eabi8605, doi:10.1126/sciadv.abi8605), whose derivatives are
-those of the whole formula, by automatic differentiation.
+start holds whatever N is, for a focus that no wall cuts off. The network N (branch b, trunk t: Lu et al. 2021, Nat Mach
+Intell 3:218, doi:10.1038/s42256-021-00302-5) learns what both do together: from simulated maps, and from the residual
+of the model's own equation (Wang, Wang and Perdikaris 2021, Sci Adv 7:eabi8605, doi:10.1126/sciadv.abi8605), whose
+derivatives are those of the whole formula, by automatic differentiation.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from biomodel.errors import SolverError
 from biomodel.solvers.base import Context
 from biomodel.solvers.reaction import FLOWS, TorchOps
+from pinn.focus import FocusMaps
 from pinn.scans import Doses, Scans
 from pinn.setting import Setting
 
@@ -51,10 +52,11 @@ class Surrogate(torch.nn.Module):
         If diffusion or growth varies in space, or a drug has a map.
     """
 
+    mean: torch.Tensor
+    sd: torch.Tensor
+
     def __init__(self, setting: Setting, width: int = 64, products: int = 32, seed: int = 0):
         super().__init__()
-        from pinn.focus import FocusMaps
-
         model = setting.model
         if model.diffusion.uniform is None or model.fields:
             raise SolverError(
