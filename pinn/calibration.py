@@ -41,17 +41,30 @@ class Gap:
         Relative residual of the network at points that training never saw.
     grid : float
         Largest relative change of the classical states when the grid is refined once.
+    rough : bool
+        Whether the network has voxels of a mask, of tissues or of drug maps to make smooth.
     """
 
     day: np.ndarray
     relative: np.ndarray
     held_out: float
     grid: float
+    rough: bool = False
 
     @property
     def cause(self) -> str:
         """Where the larger error is, in words."""
+        if self.rough and max(self.held_out, self.grid) < self.relative.max() / 3:
+            return (
+                "mask, tissues and drug maps are smooth over about a voxel for the network; fronts and parts of the "
+                "organ thinner than that are the classical solver's"
+            )
         if self.grid > self.held_out:
+            if self.rough:
+                return (
+                    f"refining the grid changes the classical states by {self.grid:.1%}; in an organ the network shares"
+                    " that grid only in part, so smaller voxels bring the two together"
+                )
             return (
                 f"the classical solver's own grid accounts for about {self.grid:.1%}; the network has none, and the "
                 "parameters are those of the finer truth"
@@ -101,9 +114,10 @@ class PinnFit(Fit):
         norm = np.sqrt((solved**2).sum((1, 2, 3)))
         simulation = self._built(self.solver)
         change = simulation.grid_error(params, u0, days, simulation.plan(params, u0, days)).cpu().numpy()
+        norm = np.where(norm > 0, norm, np.inf)
         relative = np.sqrt(((own - solved) ** 2).sum((1, 2, 3))) / norm
         grid = float((np.sqrt((change**2).sum((1, 2, 3))) / norm).max())
-        return Gap(np.asarray(days, float), relative, network.held_out, grid)
+        return Gap(np.asarray(days, float), relative, network.held_out, grid, network.rough)
 
     @cached_property
     def _network(self) -> tuple[PinnSimulation, tuple[dict[str, float], torch.Tensor]]:
@@ -184,4 +198,7 @@ class LMPinn:
             f"{type(solver).__name__} (day {gap.day[int(gap.relative.argmax())]:g}): {gap.cause}."
         )
         warnings.warn(text, GapWarning, stacklevel=3)
-        return dataclasses.replace(fit, notes=(*fit.notes, text))
+        noted = dataclasses.replace(fit, notes=(*fit.notes, text))
+        # What was worked out already goes along.
+        noted.__dict__.update({n: fit.__dict__[n] for n in ("gap", "_network")})
+        return noted

@@ -214,13 +214,13 @@ class OrganCarrier:
 
     def guide(self, u0: np.ndarray, values: Mapping[str, float]) -> OrganGuide:
         """A reference start that tells the network where the tumour is."""
-        top = float(np.abs(u0).max()) or 1.0
+        top = float(np.abs(u0).max()) or 1.0  # zero outside the organ
         return OrganGuide(self, u0 / top, dict(values))
 
     def divergence(self, states: torch.Tensor, values: Mapping[str, float]) -> torch.Tensor:
         """Divergence of the flux per span on the voxels (k, n_1, ..., n_d), as the classical solver has it."""
         shape, physics = self.domain.shape, self.physics
-        d = physics.coefficient(values).reshape(1, *shape)
+        d = physics.coefficient(values).detach().reshape(1, *shape)
         spacing = np.array(self.domain.spacing) / physics.length
         faces = face_conductances(d, torch.tensor(self.domain.mask)[None], spacing)
         u = torch.nn.functional.pad(states.reshape(-1, *shape), (1,) * 6)

@@ -75,13 +75,18 @@ class Geometry:
         if self.whole:
             longest = float((np.array(self.mask.shape) * self.spacing).max())
             return torch.full(self.mask.shape, longest, dtype=torch.float64)
-        inside = distance_transform_edt(self.mask, sampling=self.spacing)
-        outside = distance_transform_edt(~self.mask, sampling=self.spacing)
-        # Centres on both sides of a face lie half a voxel from it, not one.
-        half = 0.5 * self.spacing.min()
-        signed = np.where(self.mask, np.maximum(inside - half, 0), -np.maximum(outside - half, 0))
+        signed = self._reach(self.mask) - self._reach(~self.mask)
         # A mask's edge is a staircase; blurred over a voxel it has a normal.
         return torch.tensor(gaussian_filter(signed, SMOOTH, mode="nearest"))
+
+    def _reach(self, region: np.ndarray) -> np.ndarray:
+        """Distance (n_1, ..., n_d) from voxels of a region to its edge, mm, 0 outside of it."""
+        away, nearest = distance_transform_edt(region, sampling=self.spacing, return_indices=True)
+        step = (nearest - np.indices(region.shape)) * self.spacing.reshape(-1, *[1] * region.ndim)
+        # Centres on both sides of a face lie half a voxel from it, measured along the way, not a whole one.
+        squares = (step * self.spacing.reshape(-1, *[1] * region.ndim)) ** 2
+        half = 0.5 * np.sqrt(squares.sum(0)) / np.maximum(away, 1e-12)
+        return np.where(region, np.maximum(away - half, 0), 0.0)
 
     @cached_property
     def _mirror(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +113,11 @@ class Geometry:
             weight.append(np.prod([p if c else 1 - p for c, p in zip(corner, part, strict=True)], axis=0))
         return torch.tensor(np.stack(index, 1)), torch.tensor(np.stack(weight, 1))
 
+    @property
+    def thin(self) -> np.ndarray:
+        """Voxels of the mask (n_1, ..., n_d) that a smooth organ leaves out, bool."""
+        return self.mask & (self.distance.numpy() <= 0)
+
     def continued(self, field: np.ndarray | torch.Tensor) -> torch.Tensor:
         """A field (n_1, ..., n_d), mirrored at the organ's surface outside of it.
 
@@ -123,29 +133,44 @@ class Geometry:
     def inside(self, count: int, seed: int, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Points (count, d + 1) of a Sobol sequence inside the organ; the last column is spread over [0, 1], too.
 
+        Inside is where the smooth distance is positive, and in all voxels of the mask: thin parts vanish when blurred.
+
         Parameters
         ----------
         weight : tensor, shape (n_1, ..., n_d), optional
             Relative density of points, at most 1.
+
+        Raises
+        ------
+        SolverError
+            If the organ holds too few points.
         """
         d = self.mask.ndim
         sequence = qmc.Sobol(d + (1 if weight is None else 2), seed=seed)
         if self.whole and weight is None:
             return _drawn(sequence, count)
-        distance = self.distance
+        distance, shape = self.distance, torch.tensor(self.mask.shape)
+        occupied = np.argwhere(self.mask)
+        low, high = (torch.tensor(v) / shape for v in (occupied.min(0), occupied.max(0) + 1))
+        mask = torch.tensor(self.mask)
         kept, found = [], 0
         for _ in range(DRAWS):
             points = _drawn(sequence, count)
+            points[:, :d] = low + (high - low) * points[:, :d]
             splines = Splines.of(points[:, :d], self.mask.shape)
-            good = splines.value(distance) > 0
+            voxel = (points[:, :d] * shape).long().clamp(max=shape - 1)
+            good = mask[tuple(voxel.T)] | (splines.value(distance) > 0)
             if weight is not None:
                 good &= points[:, -1] < splines.value(weight)
             kept.append(points[good][:, : d + 1])
             found += int(good.sum())
             if found >= count:
                 break
-        if not found:
-            raise SolverError("PinnSolver: the mask holds no point of a smooth organ; it is too thin for a network.")
+        if found < count:
+            raise SolverError(
+                f"PinnSolver: the organ of {int(self.mask.sum())} voxels holds {found} of {count} points wanted; crop "
+                "the domain to a box around it, or use bm.TorchSolver()."
+            )
         return torch.cat(kept)[:count]
 
     def surface(self, count: int, seed: int, weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,7 +64,7 @@ class Physics:
     @property
     def rough(self) -> bool:
         """Whether voxels of a mask or of fields enter, and not only smooth functions."""
-        return bool(self.fields) or not self.geometry.whole
+        return bool(self.fields) or not self.geometry.whole or not self.uniform
 
     # Diffusion --------------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class Physics:
 
     def spared(self, values: Mapping[str, Any], tau: torch.Tensor, maps: Mapping[str, torch.Tensor] | None = None
                ) -> torch.Tensor:  # fmt: skip
-        """Minus the log of S at times tau (n,); values are numbers or one per place.
+        """Minus the log of S at times tau (n,), 0 at the start; values are numbers or one per place.
 
         Parameters
         ----------
@@ -121,7 +121,12 @@ class Physics:
             return torch.zeros_like(tau)
         tensors = {n: torch.as_tensor(v, dtype=torch.float64).reshape(-1) for n, v in values.items()}
         columns = {n: m[:, None] for n, m in (maps or {}).items()}
-        return self.course.exponent(tensors, (self.start + self.span * tau)[:, None], columns)[:, 0]
+        found = self.course.exponent(tensors, (self.start + self.span * tau)[:, None], columns)[:, 0]
+        if not (self.breaks < self.start).any():
+            return found
+        # What was given before the first day has already made the start what it is.
+        first = torch.full((1, 1), self.start, dtype=torch.float64)
+        return found - self.course.exponent(tensors, first, columns)[:, 0]
 
     def kills(self, name: str) -> bool:
         """Whether a parameter belongs to a treatment that is given."""

@@ -95,7 +95,7 @@ class Points:
         def times(points):
             return carrier.times(points[:, d])
 
-        weight = math.sqrt(layer * count / len(surface)) if len(surface) else 1.0
+        weight = math.sqrt(layer * len(inside) / len(surface)) if len(surface) else 1.0
         return cls(inside[:, :d], times(inside), surface[:, :d], times(surface), normals, weight)
 
 
@@ -225,8 +225,9 @@ class _Flux(_State):
         # Derivatives are by the unit box's coordinates: n . grad = sum_i n_i / side_i d_i; the flux over a voxel's side
         # in units of the box's longest side squared.
         geometry = physics.geometry
-        sides = torch.tensor(geometry.mask.shape * geometry.spacing)
-        layer = float(geometry.spacing.min())
+        spacing = torch.tensor(geometry.spacing)
+        sides = torch.tensor(geometry.mask.shape) * spacing
+        layer = (points.normals * spacing).norm(dim=1)  # a voxel's side along the normal, mm
         self.normals = points.weight * (points.normals / sides).T * physics.length**2 / layer
 
     def _through(self, parts: _Parts, u: torch.Tensor, diffusion: torch.Tensor) -> torch.Tensor:
@@ -333,7 +334,7 @@ def sharpened(trained: Residual, fresh: Residual, w: torch.Tensor, seed: int) ->
 
 
 def _given(parts: _Parts | None) -> _Parts:
-    assert parts is not None, "the weights were accepted before"
+    assert parts is not None, "only weights that `value` accepted come here"
     return parts
 
 

@@ -18,10 +18,11 @@ from biomodel.solvers.base import Built, Linearised, Solver
 from biomodel.solvers.torch import TorchSolver
 from pinn.carrier import BoxCarrier, OrganCarrier
 from pinn.guides import Guides
+from pinn.inputs import check_directions, days_of, rows_of
 from pinn.network import Network
 from pinn.physics import Physics
-from pinn.residuals import Direction, Points, Residual, dense_where, sharpened
-from pinn.training import DAMPING, Splitting, Trained, tangents, train
+from pinn.residuals import LARGEST_EXPONENT, Direction, Points, Residual, dense_where, sharpened
+from pinn.training import DAMPING, Misfit, Splitting, Trained, tangents, train
 from pinn.voxels import Voxels
 
 #: A training that ends this many times above `rtol` has failed and is begun anew from other weights.
@@ -33,6 +34,10 @@ DENSE, SPARSE = 10, 3
 #: Points are drawn anew, where the residual is large, at most so many times, while the residual at fresh points is
 #: larger than at those trained on by this factor.
 ROUNDS, OVERFIT = 3, 3.0
+#: Share of the tumour in parts of an organ that are too thin for a network beyond which a warning says so.
+THIN = 0.01
+#: A residual above this share of the cell fraction is no solution, and an error.
+NONSENSE = 0.5
 #: The guess by operator splitting is fitted to this relative accuracy, in at most so many iterations.
 GUESS, GUESSING = 2e-2, 40
 
@@ -50,10 +55,13 @@ class PinnSolver:
     organ the flux through its surface (:mod:`pinn.geometry`). Derivatives by parameters follow from the implicit
     function theorem on the trained residual.
 
-    It does what `TorchSolver` does in one to three dimensions, but for mechanics, at ten to a hundred times the cost:
-    `tests/benchmarks/bench_pinn.py` measures it. Organs, tissues and drug maps become smooth over about a voxel, so
-    there the two agree to about one per cent. Networks of this size train fastest on one thread (OMP_NUM_THREADS=1),
-    and on a busy machine far faster.
+    It solves what `TorchSolver` solves in one to three dimensions, at ten to a hundred times the cost
+    (`tests/benchmarks/bench_pinn.py` measures it), but for mechanics, parameters that are fields, and gradients through
+    its states (`sensitivities` gives derivatives, of one run at a time). In an organ, or where tissue or drugs vary,
+    `TorchSolver` carries the start on the voxels and fields become smooth over about a voxel; the two then agree to
+    about one per cent where a front is wider than a voxel. Voxel averages of a noisy start in a box come back to about
+    one per cent, too. Points and guides are placed for the first start and parameters that a simulation is called
+    with: build it anew for a tumour elsewhere. Networks of this size train fastest on one thread (OMP_NUM_THREADS=1).
 
     Parameters
     ----------
@@ -70,7 +78,8 @@ class PinnSolver:
         Further trainings from other weights after one that failed.
     seed : int
     classical : TorchSolver or FenicsSolver
-        For what a network does not give: products with the derivative by the whole initial state.
+        For what a network does not give: products with the derivative by the whole initial state, the grid's error,
+        derivatives where there are no cells.
 
     Examples
     --------
@@ -94,6 +103,14 @@ class PinnSolver:
     def __post_init__(self):
         if not 1e-10 <= self.rtol <= 0.5:
             raise SolverError(f"PinnSolver: rtol is {self.rtol}; expected a number between 1e-10 and 0.5.")
+        counts = {"points": self.points, "iterations": self.iterations}
+        wrong = [n for n, v in counts.items() if v is not None and v < 1]
+        wrong += [n for n, v in {"restarts": self.restarts, "seed": self.seed}.items() if v < 0]
+        if wrong:
+            raise SolverError(
+                f"PinnSolver: {', '.join(f'{n} is {getattr(self, n)}' for n in wrong)}; expected at least 1 point and "
+                "iteration, restarts and seed not negative."
+            )
         if self.frequencies < 1 or not self.hidden or min(self.hidden) < 1:
             raise SolverError(
                 f"PinnSolver: frequencies {self.frequencies} and hidden {self.hidden}; expected at least one cosine "
@@ -155,7 +172,8 @@ class PinnSimulation:
     Attributes
     ----------
     held_out : float
-        Relative root mean square of the residual at points that training never saw, at the last call.
+        Relative root mean square of the residual at points that training never saw, at the last call; of a batch the
+        largest.
     iterations : int
         Levenberg-Marquardt iterations in all.
     """
@@ -178,13 +196,18 @@ class PinnSimulation:
 
         They carry no gradient: `sensitivities` gives derivatives.
         """
-        rows = self._rows(params, u0)
-        days = self._days(times)
-        found = []
-        for values, state in rows:
-            net = self._solve(values, state, days)
-            found.append(torch.stack([net.voxels.state(net.trained.w, net.physics.tau(t)) for t in days]))
-        return torch.stack(found).reshape(len(rows), len(days), *self.domain.shape)
+        rows = rows_of(self.model, self.domain, params, u0)
+        days = days_of(self.start, times)
+        found = torch.zeros(len(rows), len(days), *self.domain.shape, dtype=torch.float64)
+        largest = 0.0
+        for row, (values, state) in zip(found, rows, strict=True):
+            if state.any():  # nothing grows from nothing
+                net = self._solve(values, state, days)
+                states = [net.voxels.state(net.trained.w, net.physics.tau(t)) for t in days]
+                row[:] = torch.stack(states).reshape(row.shape)
+                largest = max(largest, self.held_out)
+        self.held_out = largest
+        return found
 
     def sensitivities(self, params: Mapping, u0, times, wrt: Sequence[str | None], plan: Any = None,
                       du0: torch.Tensor | None = None, rows: np.ndarray | None = None
@@ -205,8 +228,12 @@ class PinnSimulation:
         tuple of tensor
             States (1, T, z, y, x) and derivatives (directions, 1, T, z, y, x).
         """
-        ((values, state),) = self._rows(params, u0)
-        days = self._days(times)
+        inputs = rows_of(self.model, self.domain, params, u0)
+        check_directions(self.model, wrt, len(inputs))
+        ((values, state),) = inputs
+        days = days_of(self.start, times)
+        if not state.any():
+            return self.classical.sensitivities(params, u0, times, wrt, None, du0, rows)
         net = self._solve(values, state, days)
         changes = None if du0 is None else du0.detach().numpy().reshape(len(wrt), *net.physics.shape)
         start = state.reshape(net.physics.shape)
@@ -234,7 +261,7 @@ class PinnSimulation:
         """
         if self.rough:
             return self.classical.grid_error(params, u0, times, plan)
-        return torch.zeros(len(self._days(times)), *self.domain.shape, dtype=torch.float64)
+        return torch.zeros(len(days_of(self.start, times)), *self.domain.shape, dtype=torch.float64)
 
     def linearise(self, params: Mapping, u0, times, plan: Any = None) -> Linearised:
         """The derivative by the whole initial state, by the classical solver."""
@@ -244,45 +271,12 @@ class PinnSimulation:
     def classical(self) -> Built:
         """The same simulation by the classical solver."""
         if self._classical is None:
-            # No more exact than the network, and rough where the network is.
+            # No more exact in time than the network is asked to be.
             classical: Any = self.solver.classical
             self._classical = replace(classical, rtol=max(classical.rtol, self.solver.rtol)).build(
                 self.model, self.domain, self.schedule, self.fields, start=self.start
             )
         return self._classical
-
-    # Inputs -----------------------------------------------------------------------------------------------------------
-
-    def _rows(self, params: Mapping, u0) -> list[tuple[dict[str, float], np.ndarray]]:
-        """Values and initial state of each of a batch."""
-        values = {n: np.atleast_1d(torch.as_tensor(v).detach().numpy()) for n, v in self.model.complete(params).items()}
-        for name, v in values.items():
-            if v.ndim > 1:
-                raise SolverError(f"PinnSolver: {name} is a field; the network takes numbers. Use bm.TorchSolver().")
-        states = torch.as_tensor(u0).detach().to(torch.float64).numpy()
-        if states.ndim not in (3, 4) or states.shape[-3:] != self.domain.shape:
-            raise SolverError(f"initial state: shape {states.shape}; expected (batch, z, y, x) or (z, y, x) with "
-                              f"(z, y, x) = {self.domain.shape}.")  # fmt: skip
-        if not np.isfinite(states).all():
-            raise SolverError("initial state: it has NaN or infinite values; mend the image or mask them.")
-        states = states.reshape(-1, *self.domain.shape)
-        count = max(len(states), *(len(v) for v in values.values()))
-        if any(n not in (1, count) for n in (len(states), *(len(v) for v in values.values()))):
-            raise SolverError("batch sizes of parameters and initial state differ.")
-        rows = []
-        for i in range(count):
-            one = {n: float(v[i % len(v)]) for n, v in values.items()}
-            self.model.complete(one)  # bounds
-            rows.append((one, states[i % len(states)]))
-        return rows
-
-    def _days(self, times) -> np.ndarray:
-        days = np.atleast_1d(np.asarray(times, float))
-        if days.ndim != 1 or not np.isfinite(days).all() or (np.diff(days) < 0).any() or not self.start <= days[0]:
-            raise SolverError(
-                f"times: expected finite days, increasing and not before day {self.start:g}; found {days.tolist()}."
-            )
-        return days
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -309,6 +303,7 @@ class PinnSimulation:
         count = solver.points or (DENSE if physics.rough else SPARSE) * network.count
         voxels = Voxels(physics, network, guides, carrier)
         dense = None if physics.geometry.whole else dense_where(voxels.reached())
+        _warn_where_thin(physics, voxels.reached())
         points = [Points.draw(physics, carrier, count, 2 * solver.seed + i, dense) for i in (0, 1)]
 
         def residual_at(points: Points) -> Residual:
@@ -325,6 +320,8 @@ class PinnSimulation:
         solver = self.solver
         start = net.carrier.start(u0.reshape(net.physics.shape), values, days)
         candidates = self._candidates(net, values) if net.values else []
+        # A training that is interrupted leaves weights of no known parameters.
+        net.values, net.u0, net.along, self.held_out = {}, None, {}, float("nan")
         for part in (net.residual, net.fresh):
             part.hold(values, start)
         net.voxels.hold(values, start)
@@ -333,19 +330,22 @@ class PinnSimulation:
             sizes = [_size(net.residual, w) for w in candidates]
             if np.isfinite(min(sizes)):
                 warm = Trained(candidates[int(np.argmin(sizes))], damping=min(net.trained.damping * 10, DAMPING))
-                best = train(net.residual, warm, net.target, solver.iterations)
+                best = self._train(net.residual, warm, net.target, solver.iterations)
         for turn in range(solver.restarts + 1):
             if best is not None and best.rms <= FAILED * net.target:
                 break
             cold = Trained(net.network.start(solver.seed + turn))
-            cold = train(Splitting(net.residual), cold, GUESS, GUESSING)
-            cold = train(net.residual, replace(cold, damping=1e-3), net.target, solver.iterations)
+            cold = self._train(Splitting(net.residual), cold, GUESS, GUESSING)
+            cold = self._train(net.residual, replace(cold, damping=1e-3), net.target, solver.iterations)
             best = cold if best is None or cold.rms < best.rms else best
         assert best is not None
         best = self._sharpened(net, best, start)
-        if not np.isfinite(best.rms):
-            raise NotFiniteError("PinnSolver: the residual is not finite; the parameters are too extreme.")
-        self.iterations += best.iterations
+        if not best.rms < NONSENSE:
+            told = ", ".join(f"{n} {v:.4g}" for n, v in values.items())
+            raise NotFiniteError(
+                f"PinnSolver: the network's residual is {best.rms:.2g} of the cell fraction at {told}: no solution. "
+                f"Growth by more than exp({LARGEST_EXPONENT:g}) is beyond it. Use bm.TorchSolver() there."
+            )
         net.trained, net.values, net.u0, net.along = best, values, u0.copy(), {}
         self.held_out = _size(net.fresh, best.w)
         if self.progress:
@@ -357,6 +357,11 @@ class PinnSimulation:
                 TrainingWarning,
                 stacklevel=4,
             )
+
+    def _train(self, misfit: Misfit, state: Trained, target: float, iterations: int) -> Trained:
+        found = train(misfit, state, target, iterations)
+        self.iterations += found.iterations - state.iterations
+        return found
 
     def _sharpened(self, net: _Net, best: Trained, start: Any) -> Trained:
         """Training goes on at other points while fresh ones show that it knows only its own."""
@@ -370,7 +375,7 @@ class PinnSimulation:
             net.residual, net.fresh = (net.residual_at(p) for p in (points, drawn))
             for part in (net.residual, net.fresh):
                 part.hold(net.voxels.values, start)
-            best = train(net.residual, replace(best, damping=DAMPING), net.target, self.solver.iterations)
+            best = self._train(net.residual, replace(best, damping=DAMPING), net.target, self.solver.iterations)
         return best
 
     @staticmethod
@@ -385,6 +390,20 @@ class PinnSimulation:
             straight = straight + (new - old) * dw
             curved = curved + (old * np.log(new / old) if old * new > 0 else new - old) * dw
         return [w, straight, curved]
+
+
+def _warn_where_thin(physics: Physics, reached: np.ndarray) -> None:
+    """Say so where the tumour lies in parts of the organ that are no wider than a voxel or two."""
+    thin = physics.geometry.thin
+    share = float(reached[thin].sum() / max(reached.sum(), 1e-300))
+    if share > THIN:
+        warnings.warn(
+            f"PinnSolver: {share:.1%} of the tumour lies in parts of the organ thinner than two voxels "
+            f"({int(thin.sum())} voxels); a network's smooth organ has no walls there. Use bm.TorchSolver(), or smaller "
+            "voxels.",
+            TrainingWarning,
+            stacklevel=5,
+        )
 
 
 def _size(residual: Residual, w: torch.Tensor) -> float:

@@ -8,7 +8,8 @@ from typing import Protocol
 
 import torch
 
-from pinn.residuals import Direction, Residual
+from biomodel.errors import NotFiniteError
+from pinn.residuals import LARGEST_EXPONENT, Direction, Residual
 
 #: Damping, relative to the mean of J'J's diagonal: where it starts, and its bounds. All weights are damped alike: when
 #: each is damped by its own entry, those without effect run away and the search stalls at a residual of some per cent.
@@ -152,6 +153,11 @@ def tangents(residual: Residual, w: torch.Tensor, directions: list[Direction]) -
     damping = TANGENT
     while (factor := _factor(a, damping)[0]) is None:
         damping *= 10
+        if damping > MOST:
+            raise NotFiniteError(
+                "PinnSolver: the residual's derivatives by the weights are not finite; a growth law with an infinite "
+                "slope does that. Use bm.TorchSolver() for it."
+            )
     return -torch.cholesky_solve(right, factor).T
 
 
@@ -183,8 +189,10 @@ class Splitting:
 
     def value(self, w: torch.Tensor) -> torch.Tensor | None:
         """Misfit of the cell fraction (n,)."""
-        u = self.state(w)
-        return u - self.target if bool(torch.isfinite(u).all()) else None
+        n = self.equation.network.value(w, self.equation.inputs[0])[0]
+        if not bool((self.equation.tau * n).abs().max() < LARGEST_EXPONENT):
+            return None  # as the residual itself would
+        return self.state(w) - self.target
 
     def state(self, w: torch.Tensor) -> torch.Tensor:
         """Cell fraction of the network (n,)."""

@@ -16,6 +16,7 @@ def face_conductances(coefficient: torch.Tensor, mask: torch.Tensor, spacing) ->
         n = mask.shape[axis]
         low, high = coefficient.narrow(axis, 0, n - 1), coefficient.narrow(axis, 1, n - 1)
         pair = mask.narrow(axis, 0, n - 1) & mask.narrow(axis, 1, n - 1)
+        pair = pair & (low + high > 0)
         face = torch.where(pair, 2 * low * high / torch.where(pair, low + high, 1.0), 0.0) / step**2
         # Lower face of voxel i at padded index i + 1: one voxel of padding, one for the missing first face.
         width = [(1, 1), (1, 1), (1, 1)]

@@ -24,7 +24,7 @@ import biomodel as bm
 from biomodel.imaging.nifti import read_image
 from biomodel.scoring import dice
 from biomodel.truth import Hazard, average, integrate, refine
-from pinn import PinnSolver
+from pinn import PinnSolver, TrainingWarning
 from pinn.joint import JointProblem
 from pinn.joint_posterior import infer_joint
 from pinn.observed import Cells, Observation
@@ -125,8 +125,8 @@ def main() -> None:
         patient = Patient(domain, seed)
         for name, solver in SOLVERS.items():
             before = time.process_time()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
                 problem = JointProblem(
                     model(), domain, bm.Schedule(), Foci(1, width=bm.LogNormal(5.0, 0.3)), 0.0,
                     patient.observations, solver,
@@ -147,9 +147,11 @@ def main() -> None:
             own = ""
             if name == "network":
                 own = overlaps(problem.simulation(values, u0, days)[0].numpy()[-1], patient.truth[-1])
+            stalled = sum(issubclass(w.category, TrainingWarning) for w in warned)
+            state = f"held out {problem.simulation.held_out:.2f}, {stalled} stalled" if name == "network" else ""
             print(f"{seed:>4} {name:<26} {', '.join(off):<50} {np.linalg.norm(place):>5.2f} mm "
                   f"{overlaps(solved[1], patient.truth[1]):>12} {overlaps(solved[2], patient.truth[2]):>12} {own:>12} "
-                  f"{spent:>7.1f}", flush=True)  # fmt: skip
+                  f"{spent:>7.1f} {state}{'' if found.converged else ' not converged'}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

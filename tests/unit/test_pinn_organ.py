@@ -101,6 +101,32 @@ class TestGeometry:
         print("mirrored", errors[0], "nearest voxel", errors[1])
         assert errors[0] < errors[1] / 2
 
+    def test_thick_slices(self):
+        """Distances and mirrored rows of a flat edge across and along voxels of unequal sides, mm."""
+        n = 20
+        for axis, spacing in ((0, (4.0, 1.0)), (1, (4.0, 1.0)), (0, (1.0, 4.0))):
+            mask = np.ones((n, n), bool)
+            mask[(slice(None),) * axis + (slice(10, None),)] = False
+            geometry = Geometry(mask, np.array(spacing))
+            line = np.arange(n, dtype=float)
+            # The blur of the distance ends at the box's sides.
+            found = np.moveaxis(geometry.distance.numpy(), axis, 0)[4:-4, 6]
+            assert np.abs(found - (9.5 - line[4:-4]) * spacing[axis]).max() < 1e-6
+            field = np.moveaxis(line[:, None] + np.zeros((n, n)), 0, axis)
+            row = np.moveaxis(geometry.continued(field).numpy(), axis, 0)[:, 6]
+            assert np.allclose(row[10:14], [9, 8, 7, 6])
+
+    def test_thin_parts_have_points(self):
+        mask = disc((30, 30), 7.0)
+        mask[15, 15:29] = True
+        x = Geometry(mask, np.ones(2)).inside(2000, 0)[:, :2].numpy() * 30
+        assert ((x[:, 1] > 24) & (x[:, 0] > 15) & (x[:, 0] < 16)).sum() > 20
+
+    def test_a_small_organ_in_a_large_box_has_all_its_points(self):
+        mask = np.zeros((40, 40, 40), bool)
+        mask[16:22, 16:22, 16:22] = True
+        assert len(Geometry(mask, np.ones(3)).inside(300, 0)) == 300
+
     def test_a_whole_box_has_no_surface(self):
         box = Geometry(np.ones((4, 5), bool), np.ones(2))
         assert box.whole and box.layer == 0 and len(box.surface(50, 0)[0]) == 0
@@ -209,7 +235,8 @@ class TestEquation:
         d = case.physics.geometry.continued(case.physics.coefficient(case.values)) / case.physics.scale  # mm²/day
         at = Splines.of(points.surface_x, case.physics.shape).value(d)
         through = at * parts.u * (points.normals * (parts.gamma / sides[:, None]).T).sum(1)  # mm/day
-        assert torch.allclose(rows, points.weight * through * SPAN / 1.0, rtol=1e-10)  # a layer of 1 mm
+        layer = ((points.normals * torch.tensor([1.0, 1.5])) ** 2).sum(1).sqrt()  # a voxel's side along the normal, mm
+        assert torch.allclose(rows, points.weight * through * SPAN / layer, rtol=1e-10)
 
     def test_the_guide_obeys_the_heat_equation(self, case):
         """Its derivative in time is the divergence of its flux, as the channels have it, and that of its values."""
@@ -218,7 +245,9 @@ class TestEquation:
         physics = case.physics
         d = equation.medium.splines.slopes(physics.geometry.continued(physics.coefficient(case.values)))
         divergence = d[0] * channels[-1] + (physics.metric[:, None] * d[1:] * channels[2:-1]).sum(0)
-        assert torch.allclose(divergence, channels[1], atol=1e-10)
+        own = guide.carrier.divergence(guide.start.nodes, case.values)
+        own = torch.stack([physics.geometry.continued(v) for v in own])
+        assert torch.allclose(divergence, equation.medium.splines.slopes(own, equation.source.node)[0], atol=1e-10)
         h = 0.01
         later, sooner = (guide.carrier.start(guide.u0, case.values, [t]).days for t in (10 + h, 10 - h))
         change = (next(iter(later.values())) - next(iter(sooner.values()))) / (2 * h) * SPAN
