@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt, gaussian_filter, label
+from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter, label
 from scipy.stats import qmc
 
 from biomodel.domain import Domain
@@ -115,8 +115,9 @@ class Geometry:
 
     @property
     def thin(self) -> np.ndarray:
-        """Voxels of the mask (n_1, ..., n_d) that a smooth organ leaves out, bool."""
-        return self.mask & (self.distance.numpy() <= 0)
+        """Voxels of the mask (n_1, ..., n_d) that lie beyond a smooth organ's surface and not next to it, bool."""
+        smooth = binary_dilation(self.distance.numpy() > 0, np.ones((3,) * self.mask.ndim))
+        return self.mask & ~smooth
 
     def continued(self, field: np.ndarray | torch.Tensor) -> torch.Tensor:
         """A field (n_1, ..., n_d), mirrored at the organ's surface outside of it.

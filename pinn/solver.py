@@ -399,8 +399,8 @@ def _warn_where_thin(physics: Physics, reached: np.ndarray) -> None:
     if share > THIN:
         warnings.warn(
             f"PinnSolver: {share:.1%} of the tumour lies in parts of the organ thinner than two voxels "
-            f"({int(thin.sum())} voxels); a network's smooth organ has no walls there. Use bm.TorchSolver(), or smaller "
-            "voxels.",
+            f"({int(thin.sum())} voxels); a network's smooth organ has no walls there. Use bm.TorchSolver(), or "
+            "smaller voxels.",
             TrainingWarning,
             stacklevel=5,
         )
