@@ -27,6 +27,9 @@ __all__ = ["FORMAT", "Encoder", "EncoderSettings", "group_norm"]
 
 #: Written into every file; its number rises when channels or layout change their meaning.
 FORMAT = "tumorcast-encoder-1"
+_IMAGES = len(CHANNELS) - 1
+#: Spread of the first weights by which tokens are averaged.
+LOOK = 0.7
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def _plain(features: Sequence[int]) -> nn.Module:
     for count in features:
         for a, stride in ((before, 2), (count, 1)):
             levels.append(nn.Conv3d(a, count, 3, stride, 1, bias=False))
-            levels += [nn.GroupNorm(math.gcd(8, count), count), nn.SiLU()]
+            # Groups of eight channels: normalising each by itself would take the strength of enhancement away.
+            levels += [nn.GroupNorm(count // 8 if count % 8 == 0 else 1, count), nn.SiLU()]
         before = count
     return nn.Sequential(*levels)
 
@@ -117,10 +121,16 @@ class Encoder(nn.Module):
             self.backbone = _plain(settings.features) if backbone is None else group_norm(backbone)
             self.maps = self._feature_count()
             width = settings.width
-            self.project = nn.Linear(2 * self.maps + 1, width)
+            self.project = nn.Linear(2 * (self.maps + _IMAGES) + 1, width)
             self.kind = nn.Embedding(len(KINDS), width)
-            self.when = nn.Linear(4 * settings.frequencies + 2, width)
+            self.context = 4 * settings.frequencies + 2 + width
+            self.when = nn.Sequential(nn.Linear(self.context, 2 * width), nn.GELU(),
+                                      nn.Linear(2 * width, 2 * width))  # fmt: skip
+            self.mix = nn.Sequential(nn.GELU(), nn.Linear(width, width))
             self.gather = nn.Parameter(torch.randn(width) / math.sqrt(width))
+            self.look = nn.Linear(self.context, settings.heads)
+            nn.init.normal_(self.look.weight, std=LOOK)
+            self.join = nn.Sequential(nn.Linear((settings.heads + 1) * width, width), nn.LayerNorm(width))
             layer = nn.TransformerEncoderLayer(width, settings.heads, 2 * width, dropout=0.0, activation="gelu",
                                                batch_first=True, norm_first=True)  # fmt: skip
             self.transformer = nn.TransformerEncoder(layer, settings.layers, nn.LayerNorm(width),
@@ -154,9 +164,12 @@ class Encoder(nn.Module):
 
     def features(self, batch: Batch) -> Tensor:
         """Feature maps (n, f, z', y', x') of every volume."""
+        return self._features(self._seen(batch))
+
+    @staticmethod
+    def _seen(batch: Batch) -> Tensor:
         # Bright vessels and noise in dark voxels are tamed; the mask is 0 or 1.
-        seen = torch.cat((torch.asinh(batch.volumes[:, :-1]), batch.volumes[:, -1:]), 1)
-        return self._features(seen)
+        return torch.cat((torch.asinh(batch.volumes[:, :-1]), batch.volumes[:, -1:]), 1)
 
     def tokens(self, batch: Batch, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding (patients, width) and the tokens of all volumes (n, width), after attention.
@@ -166,16 +179,22 @@ class Encoder(nn.Module):
         maps : tensor
             From `features`.
         """
-        share = nn.functional.interpolate(batch.volumes[:, -1:], maps.shape[2:], mode="area").to(maps.dtype)
-        inside = share.sum((2, 3, 4))
-        region = (maps * share).sum((2, 3, 4)) / inside.clamp_min(1e-3)
+        mask = batch.volumes[:, -1:]
+        share = nn.functional.interpolate(mask, maps.shape[2:], mode="area").to(maps.dtype)
+        pooled = []
+        # The images' own means beside those of the features, which normalisation has robbed of their units.
+        for values, weight in ((maps, share), (self._seen(batch)[:, :-1], mask)):
+            inside = (values * weight).sum((2, 3, 4)) / weight.sum((2, 3, 4)).clamp_min(1e-3)
+            pooled += [inside.to(maps.dtype), values.mean((2, 3, 4)).to(maps.dtype)]
         # How much of the volume is tumour: sizes are lost in means.
-        part = torch.log10(share.mean((2, 3, 4)).float() + 1e-4).to(maps.dtype)
-        token = self.project(torch.cat((region, maps.mean((2, 3, 4)), part), 1))
-        # Of visits the days and of phases the seconds, as slow and fast waves, and their plain logarithms.
-        waves = [f(t[:, None] * self.rates) for t in (batch.day, batch.time) for f in (torch.sin, torch.cos)]
-        plain = [torch.log1p(batch.day.clamp_min(0))[:, None], torch.log1p(batch.time.clamp_min(0))[:, None]]
-        token = token + self.kind(batch.kind) + self.when(torch.cat((*waves, *plain), 1))
+        part = torch.log10(mask.mean((2, 3, 4)) + 1e-4).to(maps.dtype)
+        token = self.project(torch.cat((*pooled, part), 1))
+        # When and how something was measured says what it means, so it scales and shifts the features (Perez et al.
+        # 2018, arXiv:1709.07871): a difference of phases is then a sum of tokens.
+        said = self.said(batch)
+        scale, shift = self.when(said).chunk(2, 1)
+        token = token * (1 + scale) + shift
+        token = token + self.mix(token)
         rows = int(batch.slot.max()) + 2
         full = torch.zeros(batch.size, rows, token.shape[1], dtype=token.dtype, device=token.device)
         missing = torch.ones(batch.size, rows, dtype=torch.bool, device=token.device)
@@ -183,7 +202,19 @@ class Encoder(nn.Module):
         full[batch.patient, batch.slot + 1] = token
         missing[batch.patient, batch.slot + 1] = False
         read = self.transformer(full, src_key_padding_mask=missing)
-        return read[:, 0], read[batch.patient, batch.slot + 1]
+        # Means over tokens, each with weights of its own by when and how they were measured: attention alone begins
+        # as one plain mean over phases, in which their differences are lost.
+        weights = torch.full((batch.size, rows, self.settings.heads), float("-inf"), device=token.device)
+        weights[batch.patient, batch.slot + 1] = self.look(said).float()
+        means = torch.einsum("brh,brw->bhw", weights.softmax(1).to(read.dtype), read)
+        embedding = self.join(torch.cat((read[:, :1], means), 1).flatten(1))
+        return embedding, read[batch.patient, batch.slot + 1]
+
+    def said(self, batch: Batch) -> Tensor:
+        """When and how every volume was measured (n, `context`): kind, day and second as waves and logarithms."""
+        waves = [f(t[:, None] * self.rates) for t in (batch.day, batch.time) for f in (torch.sin, torch.cos)]
+        plain = [torch.log1p(batch.day.clamp_min(0))[:, None], torch.log1p(batch.time.clamp_min(0))[:, None]]
+        return torch.cat((*waves, *plain, self.kind(batch.kind)), 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Embeddings (patients, width)."""
