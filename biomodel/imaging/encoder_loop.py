@@ -115,7 +115,8 @@ class Outcome:
     losses : tuple of float
         Of every step of this run.
     seconds, waiting : float
-        Wall time of the steps, and the part of it spent waiting for data.
+        Wall time of the steps, and the part of it spent waiting for data; from the first batch on, which nothing can
+        be done beside.
     device : str
         Where it ended.
     accumulate : int
@@ -311,6 +312,8 @@ class _Run:
         began = time.perf_counter()
         step = self.first
         for batch, waited in self._batches(last):
+            if step == self.first:
+                began, waited = time.perf_counter(), 0.0
             waiting += waited
             for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
                 group["lr"] = rate * self.loop.factor(step)

@@ -86,13 +86,12 @@ def steps(count, files):
                 pretrain(encoder, held, Pretraining(loop))  # the first step is slower
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                began, cpu = time.perf_counter(), time.process_time()
+                cpu = time.process_time()
                 outcome = pretrain(encoder, held, Pretraining(replace(loop, steps=count, ahead=2)))
                 cpu = time.process_time() - cpu
-                # The first batch cannot be made ahead of anything.
                 peak = (torch.cuda.max_memory_allocated() if device == "cuda"
                         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # fmt: skip
-                seconds = (time.perf_counter() - began) / count
+                seconds = outcome.seconds / count
                 name = "float32" if precision is None else "bfloat16"
                 print(f"{device:>8}{name:>10}{where:>8}{seconds:10.2f}{cpu / count:8.2f}{peak / 2**30:6.1f} GB"
                       f"{outcome.share_waiting:9.1%}", flush=True)  # fmt: skip
