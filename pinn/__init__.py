@@ -13,7 +13,7 @@ from pinn.operator import Amortised, AmortisedForecast, CheckpointError, Operato
 from pinn.operator_training import Recipe, Trainer
 from pinn.outlines import DURATION, Imaged, Infiltration, WhiteGrey, glioma_problem
 from pinn.polish import ScanProblem, full_fit, polish, weighed
-from pinn.scans import ScanEncoder, Scans
+from pinn.scans import ImagingEncoder, ScanEncoder, Scans
 from pinn.setting import Case, Courses, Setting
 from pinn.solver import PinnSimulation, PinnSolver, TrainingWarning
 from pinn.starts import Foci, FreeStart
@@ -39,6 +39,7 @@ __all__ = [
     "Gap",
     "GapWarning",
     "Imaged",
+    "ImagingEncoder",
     "Infiltration",
     "JointForecast",
     "JointPosterior",

@@ -111,7 +111,7 @@ class Operator(torch.nn.Module):
     setting : Setting
     encoder : module, optional
         Trainable, images (n, 2, z, y, x) to (n, features), with an attribute `features`: its output stands beside the
-        fixed summary. `pinn.ScanEncoder` is a small one; encoders of `biomodel.imaging` are wrapped to this signature.
+        fixed summary. `pinn.ScanEncoder` is a small one, `pinn.ImagingEncoder` makes one of an encoder of images.
     components, hidden
         Of the density; see :class:`pinn.density.MixtureHead`.
     width, products

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from biomodel.errors import InputError
+from biomodel.imaging.encoder import Encoder
+from biomodel.imaging.encoder_study import CHANNELS, KINDS, Batch
 from biomodel.models import ReactionDiffusion
 from biomodel.solvers.reaction import Course
 from biomodel.treatments import Kill
@@ -207,3 +209,33 @@ class ScanEncoder(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of images (n, 2, z, y, x)."""
         return self.last(self.body(images))
+
+
+class ImagingEncoder(torch.nn.Module):
+    """An encoder of `biomodel.imaging` as an encoder of scans: each map of cell fractions enters as a quantitative map.
+
+    Parameters
+    ----------
+    encoder : biomodel.imaging.encoder.Encoder
+        Fresh, or pretrained and loaded from a file.
+    level : float
+        Cell fraction from which a voxel belongs to the tumour, in which features are pooled.
+    """
+
+    def __init__(self, encoder: Encoder, level: float = 0.15):
+        super().__init__()
+        self.encoder, self.level, self.features = encoder, level, encoder.settings.width
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (n, features) of scans (n, visits, z, y, x)."""
+        n, visits = images.shape[:2]
+        maps = images.reshape(n * visits, *images.shape[2:]).to(self.encoder.gather.dtype)
+        volumes = maps.new_zeros(n * visits, len(CHANNELS), *maps.shape[1:])
+        volumes[:, CHANNELS.index("adc")] = maps
+        volumes[:, CHANNELS.index("mask")] = (maps > self.level).to(maps.dtype)
+        visit = torch.arange(visits, device=maps.device).repeat(n)
+        patient = torch.arange(n, device=maps.device).repeat_interleave(visits)
+        kind = torch.full_like(visit, KINDS.index("adc"))
+        # Days are told to the operator beside the images; here visits are only told apart.
+        batch = Batch(volumes, patient, visit, visit, kind, visit.to(maps.dtype), torch.zeros_like(maps[:, 0, 0, 0]), n)
+        return self.encoder(batch).to(images.dtype)

@@ -10,6 +10,7 @@ import torch
 import biomodel as bm
 from biomodel.diagnostics import rank_statistics
 from biomodel.errors import CalibrationError, InputError, ModelError, SolverError
+from biomodel.imaging.encoder import Encoder, EncoderSettings
 from pinn.density import MixtureHead
 from pinn.focus import FocusMaps
 from pinn.makers import TorchMaker
@@ -17,7 +18,7 @@ from pinn.memory import OutOfMemoryWarning
 from pinn.operator import CheckpointError, Operator
 from pinn.operator_training import Recipe, Trainer
 from pinn.polish import ScanProblem, full_fit, polish, weighed
-from pinn.scans import ScanEncoder, Scans, Summary
+from pinn.scans import ImagingEncoder, ScanEncoder, Scans, Summary
 from pinn.setting import Courses, Setting
 from pinn.starts import Foci
 from pinn.streaming import Chunk
@@ -235,9 +236,13 @@ def test_a_loss_that_is_not_finite_stops_with_a_word(samples):
 
 
 def test_any_module_is_an_encoder_if_it_says_how_much_it_gives(samples):
-    operator, _ = trained(samples, encoder=ScanEncoder(features=5, channels=2))
+    imaging = ImagingEncoder(Encoder(EncoderSettings(features=(2, 4), width=8, heads=2, layers=1)))
     scans = Scans.noisy({k: v[:3] for k, v in samples.items()}, np.random.default_rng(0))
-    assert operator.posterior(scans).mean.shape == (3, 7)
+    for encoder in (ScanEncoder(features=5, channels=2), imaging):
+        before = [w.detach().clone() for w in encoder.parameters()]
+        operator, _ = trained(samples, encoder=encoder)
+        assert operator.posterior(scans).mean.shape == (3, 7)
+        assert any(not torch.equal(a, b) for a, b in zip(before, operator.encoder.parameters(), strict=True))
     with pytest.raises(InputError, match="no attribute 'features'"):
         Operator(COHORT, torch.nn.Flatten())
 
