@@ -36,8 +36,8 @@ y, x = (np.arange(28 * FINER) + 0.5) * 2.5 / FINER - 1.25, (np.arange(28 * FINER
 empty = np.ones(fine.shape)
 for row, column, peak, width in ((26.0, 30.0, 0.5, 4.5), (44.0, 40.0, 0.25, 3.5)):
     empty *= 1 - peak * np.exp(-((y[:, None] - row) ** 2 + (x - column) ** 2) / (2 * width**2))[None]
-run = list(integrate((1 - empty)[None], fine.mask, np.full(fine.shape, TRUE["diffusion.D"]), fine.spacing, TRUE["growth.k"],
-                     Hazard.none(), [*VISITS, LATER]))  # fmt: skip
+run = list(integrate((1 - empty)[None], fine.mask, np.full(fine.shape, TRUE["diffusion.D"]), fine.spacing,
+                     TRUE["growth.k"], Hazard.none(), [*VISITS, LATER]))  # fmt: skip
 truth = [average(u, (1, FINER, FINER))[0] for u in run]
 rng = np.random.default_rng(4)
 first, last = (truth[i] + NOISE * rng.standard_normal(SHAPE) for i in (0, 2))

@@ -1,24 +1,24 @@
 """Physics-informed networks that solve and calibrate the models of `biomodel`."""
 
+from pinn.amortised.makers import FenicsMaker, TorchMaker
+from pinn.amortised.operator import Amortised, AmortisedForecast, CheckpointError, Operator
+from pinn.amortised.polish import ScanProblem, full_fit, polish, weighed
+from pinn.amortised.scans import ImagingEncoder, ScanEncoder, Scans
+from pinn.amortised.setting import Case, Courses, Setting
+from pinn.amortised.streaming import Chunk, Lane, Stream, StreamError, Usage
+from pinn.amortised.training import Recipe, Trainer
 from pinn.calibration import Gap, GapWarning, LMPinn, PinnFit
-from pinn.discover import Discovered, Discovery, Formula, NetworkGrowth, TableGrowth, discover
-from pinn.joint import DataWarning, JointProblem
-from pinn.joint_chains import chained
-from pinn.joint_forecast import JointForecast, forecast_joint
-from pinn.joint_patient import joint_problem
-from pinn.joint_posterior import JointPosterior, choose_start, infer_joint, resampled
-from pinn.makers import FenicsMaker, TorchMaker
-from pinn.observed import Cells, Observation, Outline, Uptake
-from pinn.operator import Amortised, AmortisedForecast, CheckpointError, Operator
-from pinn.operator_training import Recipe, Trainer
-from pinn.outlines import DURATION, Imaged, Infiltration, WhiteGrey, glioma_problem
-from pinn.polish import ScanProblem, full_fit, polish, weighed
-from pinn.scans import ImagingEncoder, ScanEncoder, Scans
-from pinn.setting import Case, Courses, Setting
+from pinn.discovery.discover import Discovered, Discovery, Formula, NetworkGrowth, TableGrowth, discover
+from pinn.joint.chains import chained
+from pinn.joint.forecast import JointForecast, forecast_joint
+from pinn.joint.observed import Cells, Observation, Outline, Uptake
+from pinn.joint.outlines import DURATION, Imaged, Infiltration, WhiteGrey, glioma_problem
+from pinn.joint.patient import joint_problem
+from pinn.joint.posterior import JointPosterior, choose_start, infer_joint, resampled
+from pinn.joint.problem import DataWarning, JointProblem
+from pinn.joint.starts import Foci, FreeStart
 from pinn.solver import PinnSimulation, PinnSolver, TrainingWarning
-from pinn.starts import Foci, FreeStart
 from pinn.states import Posterior, StateProblem, infer
-from pinn.streaming import Chunk, Lane, Stream, StreamError, Usage
 
 __all__ = [
     "Amortised",

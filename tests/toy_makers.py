@@ -1,4 +1,4 @@
-"""Makers of training samples that cost nothing, for the tests of `pinn.streaming`; in a module, so that they travel."""
+"""Makers of training samples that cost nothing, for tests of streaming; in a module, so that they travel."""
 
 import os
 import signal

@@ -13,8 +13,8 @@ from scipy.special import expit
 
 import biomodel as bm
 from biomodel.truth import Hazard, average, integrate
-from pinn.setting import Courses, Setting
-from pinn.starts import Foci
+from pinn.amortised.setting import Courses, Setting
+from pinn.joint.starts import Foci
 
 SHAPE, SPACING, FINER = (1, 32, 32), (2.0, 2.0, 2.0), 2
 #: Reference dose and decay of the drug's effect: `bm.Chemotherapy`'s own.

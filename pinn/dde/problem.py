@@ -19,8 +19,8 @@ from pinn.dde.conditions import Observations, PriorOf, ZeroFlux, geometry_of
 from pinn.dde.equation import Equation
 from pinn.dde.network import Carried, Cosines, Exact, Features, Free, Growing, Start, State, check, flat, named, plain
 from pinn.dde.sampling import Causal, draw
+from pinn.dde.secondorder import Rows
 from pinn.physics import Physics
-from pinn.secondorder import Rows
 
 #: How many times more than the noise allows an error of the equation counts: at 1 a residual as large as the noise over
 #: the whole span costs as much as the data's noise does.

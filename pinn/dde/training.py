@@ -16,13 +16,13 @@ import torch
 from biomodel.cli_show import Steps, steps
 from biomodel.errors import CalibrationError, InputError
 from biomodel.files import atomic_write
-from pinn.broyden import Descent, descend
 from pinn.dde.backend import dde, double
 from pinn.dde.network import assign, flat
 from pinn.dde.problem import Posed
 from pinn.dde.sampling import Refine, Settled
+from pinn.dde.secondorder import DAMPING, Algebra, Dense, Found, MatrixFree, marginal, minimise
+from pinn.dde.selfscaled import Descent, descend
 from pinn.memory import on_cpu_when_full
-from pinn.secondorder import DAMPING, Algebra, Dense, Found, MatrixFree, marginal, minimise
 
 #: Iterations of L-BFGS between looks, and its memory.
 PIECE, MEMORY = 100, 100
@@ -221,7 +221,7 @@ def objective(posed: Posed) -> Callable[[torch.Tensor], tuple[float, torch.Tenso
 
 
 def broyden(posed: Posed, iterations: int = 2000) -> Descent:
-    """Train by the self-scaled Broyden method (:mod:`pinn.broyden`), for comparison."""
+    """Train by the self-scaled Broyden method (:mod:`pinn.dde.selfscaled`), for comparison."""
     found = descend(objective(posed), flat(posed.net)[0], iterations, FLAT)
     assign(posed.net, found.x)
     return found
@@ -312,7 +312,7 @@ class SecondOrder:
     tolerance : float
         Posterior standard deviations that the parameters may move by at the last raise.
     gain : float
-        See :func:`pinn.secondorder.minimise`.
+        See :func:`pinn.dde.secondorder.minimise`.
     algebra : Dense or MatrixFree, optional
         By default `Dense` up to 3000 unknowns.
     """

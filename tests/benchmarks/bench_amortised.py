@@ -37,12 +37,12 @@ import torch  # noqa: E402
 
 import biomodel as bm  # noqa: E402
 from biomodel.diagnostics import independent_draws, rank_statistics  # noqa: E402
-from pinn.makers import FenicsMaker, TorchMaker  # noqa: E402
-from pinn.operator import CheckpointError, Operator  # noqa: E402
-from pinn.operator_training import Recipe, Trainer  # noqa: E402
-from pinn.polish import ScanProblem, full_fit, polish, weighed  # noqa: E402
-from pinn.scans import Scans  # noqa: E402
-from pinn.streaming import Lane, Stream  # noqa: E402
+from pinn.amortised.makers import FenicsMaker, TorchMaker  # noqa: E402
+from pinn.amortised.operator import CheckpointError, Operator  # noqa: E402
+from pinn.amortised.polish import ScanProblem, full_fit, polish, weighed  # noqa: E402
+from pinn.amortised.scans import Scans  # noqa: E402
+from pinn.amortised.streaming import Lane, Stream  # noqa: E402
+from pinn.amortised.training import Recipe, Trainer  # noqa: E402
 from virtual_cohort import MATCHED, MISMATCHED, Patient, setting  # noqa: E402
 
 #: Seeds: of training samples; of networks and steps.

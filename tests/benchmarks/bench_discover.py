@@ -32,8 +32,8 @@ import biomodel as bm  # noqa: E402
 import pinn  # noqa: E402
 from biomodel.errors import SolverError  # noqa: E402
 from gompertz import DAYS, LATER, SPREAD, D, Differences, Tumour, law, misses  # noqa: E402
-from pinn.found import LIBRARY  # noqa: E402
-from pinn.laws import at, spread_over  # noqa: E402
+from pinn.discovery.found import LIBRARY  # noqa: E402
+from pinn.discovery.laws import at, spread_over  # noqa: E402
 
 #: Seeds 0 and 1 were used while settings were chosen.
 FIRST_SEED = 2

@@ -10,8 +10,8 @@ the same data and, but for DeepXDE's recipe, the same weak priors; one thread, C
   voxels" is Gauss-Newton on a grid of half the voxel size, whose averages are compared with the data.
 - DeepXDE + LM: `pinn.dde`, a network of DeepXDE with the equation's residual, likelihood and priors, weights and
   parameters together by Levenberg-Marquardt, the equation's weight rising.
-- SS-Broyden, NNCG: the same network and losses at one weight, by the self-scaled Broyden method (`pinn.broyden`) and by
-  DeepXDE's own second-order method, NysNewton-CG, after 2000 iterations of Adam.
+- SS-Broyden, NNCG: the same network and losses at one weight, by the self-scaled Broyden method
+  (`pinn.dde.selfscaled`) and by DeepXDE's own second-order method, NysNewton-CG, after 2000 iterations of Adam.
 - DeepXDE: its usual recipe for inverse problems (Adam, then L-BFGS; losses of equation, start, flux and data added
   up), with PyTorch, in its usual single precision.
 

@@ -25,10 +25,10 @@ from biomodel.imaging.nifti import read_image
 from biomodel.scoring import dice
 from biomodel.truth import Hazard, average, integrate, refine
 from pinn import PinnSolver, TrainingWarning
-from pinn.joint import JointProblem
-from pinn.joint_posterior import infer_joint
-from pinn.observed import Cells, Observation
-from pinn.starts import Foci
+from pinn.joint.observed import Cells, Observation
+from pinn.joint.posterior import infer_joint
+from pinn.joint.problem import JointProblem
+from pinn.joint.starts import Foci
 
 #: Settings of the generator: committed before anything was fitted to them.
 VISITS, LAST = (90.0, 150.0), 210.0

@@ -38,11 +38,11 @@ from scipy.stats import binom  # noqa: E402
 import biomodel as bm  # noqa: E402
 import virtual_starts as virtual  # noqa: E402
 from biomodel.scoring import exponential_volume  # noqa: E402
-from pinn.joint import JointProblem  # noqa: E402
-from pinn.joint_forecast import forecast_joint  # noqa: E402
-from pinn.joint_posterior import ROUGH, choose_start, infer_joint, resampled  # noqa: E402
-from pinn.observed import Cells, Observation, Outline  # noqa: E402
-from pinn.starts import Foci  # noqa: E402
+from pinn.joint.forecast import forecast_joint  # noqa: E402
+from pinn.joint.observed import Cells, Observation, Outline  # noqa: E402
+from pinn.joint.posterior import ROUGH, choose_start, infer_joint, resampled  # noqa: E402
+from pinn.joint.problem import JointProblem  # noqa: E402
+from pinn.joint.starts import Foci  # noqa: E402
 
 SETTINGS = {"matched": virtual.MATCHED, "mismatched": virtual.MISMATCHED, "multifocal": virtual.MULTIFOCAL}
 MODEL = bm.ReactionDiffusion(priors=virtual.PRIORS)

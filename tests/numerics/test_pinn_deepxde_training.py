@@ -9,8 +9,8 @@ from biomodel.errors import InputError
 from biomodel.schedule import Fraction
 from fisher_kpp import Problem
 from pinn import StateProblem, infer
+from pinn.dde.secondorder import Dense, MatrixFree, Rows
 from pinn.memory import OutOfMemoryWarning
-from pinn.secondorder import Dense, MatrixFree, Rows
 
 pinn_dde = pytest.importorskip("pinn.dde", reason="DeepXDE is not installed: pip install 'tumorcast[pinn]'")
 training = pinn_dde.training

@@ -13,9 +13,9 @@ from biomodel.tape import record
 from biomodel.testing import check_term
 from fenics_here import require_fenics
 from gompertz import DAYS, SPREAD, D, Tumour, law, misses
-from pinn.discover_training import Learning, State
-from pinn.found import Discovered
-from pinn.laws import Allee, Power, Richards, at, spread_over
+from pinn.discovery.found import Discovered
+from pinn.discovery.laws import Allee, Power, Richards, at, spread_over
+from pinn.discovery.training import Learning, State
 
 TERMS = (pinn.NetworkGrowth(), pinn.TableGrowth(), Richards(), Allee(), Power())
 QUICK = pinn.Discovery(hidden=(8, 8), points=500, iterations=40)

@@ -27,8 +27,8 @@ from pinn import (
     infer_joint,
     resampled,
 )
-from pinn.joint_forecast import volume_within
-from pinn.joint_posterior import ROUGH
+from pinn.joint.forecast import volume_within
+from pinn.joint.posterior import ROUGH
 
 LINE = bm.Domain.box((1, 1, 40), (2.0, 2.0, 2.0))
 MODEL = bm.ReactionDiffusion(bm.Logistic(bm.LogNormal(0.06, 0.5)), bm.Isotropic(bm.LogNormal(0.2, 0.7)))

@@ -10,7 +10,7 @@ from biomodel.errors import CalibrationError
 from biomodel.patient import CellularitySettings, Patient, Visit
 from biomodel.truth import Hazard, average, integrate
 from pinn import Foci, infer_joint, joint_problem
-from pinn.joint_posterior import ROUGH
+from pinn.joint.posterior import ROUGH
 
 SETTINGS = CellularitySettings(3.0e-3, 0.6e-3, repeatability_cv=0.02, voxel_cv=0.03, visible_fraction=0.15)
 MODEL = bm.ReactionDiffusion(bm.Logistic(bm.LogNormal(0.06, 0.5)), bm.Isotropic(bm.LogNormal(0.2, 0.7)))

@@ -11,18 +11,18 @@ import biomodel as bm
 from biomodel.diagnostics import rank_statistics
 from biomodel.errors import CalibrationError, InputError, ModelError, SolverError
 from biomodel.imaging.encoder import Encoder, EncoderSettings
-from pinn.density import MixtureHead
-from pinn.focus import FocusMaps
-from pinn.makers import TorchMaker
+from pinn.amortised.density import MixtureHead
+from pinn.amortised.focus import FocusMaps
+from pinn.amortised.makers import TorchMaker
+from pinn.amortised.operator import CheckpointError, Operator
+from pinn.amortised.polish import ScanProblem, full_fit, polish, weighed
+from pinn.amortised.scans import ImagingEncoder, ScanEncoder, Scans, Summary
+from pinn.amortised.setting import Courses, Setting
+from pinn.amortised.streaming import Chunk
+from pinn.amortised.surrogate import Surrogate
+from pinn.amortised.training import Recipe, Trainer
+from pinn.joint.starts import Foci
 from pinn.memory import OutOfMemoryWarning
-from pinn.operator import CheckpointError, Operator
-from pinn.operator_training import Recipe, Trainer
-from pinn.polish import ScanProblem, full_fit, polish, weighed
-from pinn.scans import ImagingEncoder, ScanEncoder, Scans, Summary
-from pinn.setting import Courses, Setting
-from pinn.starts import Foci
-from pinn.streaming import Chunk
-from pinn.surrogate import Surrogate
 from virtual_cohort import Patient, setting
 
 COHORT = setting()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fenics_here import require_fenics
-from pinn.makers import STEP, FenicsMaker, TorchMaker
-from pinn.streaming import Lane, Stream, StreamError
+from pinn.amortised.makers import STEP, FenicsMaker, TorchMaker
+from pinn.amortised.streaming import Lane, Stream, StreamError
 from toy_makers import Dying, Toy
 from virtual_cohort import setting
 
@@ -104,7 +104,7 @@ def test_makers_that_cannot_travel_are_refused_before_anything_starts():
 
 def test_processes_end_with_the_one_that_trains():
     code = (
-        "from pinn.streaming import Lane, Stream\nfrom toy_makers import Toy\nimport sys, time\n"
+        "from pinn.amortised.streaming import Lane, Stream\nfrom toy_makers import Toy\nimport sys, time\n"
         "stream = Stream([Lane([Toy(slow=0.01)], 2)], 10000, 0)\nchunks = iter(stream)\nnext(chunks)\n"
         "print(*stream.pids, flush=True)\ntime.sleep(60)"
     )

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy.optimize import rosen, rosen_der
 
-from pinn.broyden import descend, updated
+from pinn.dde.selfscaled import descend, updated
 
 
 def rosenbrock(x):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pinn.dde.secondorder import Dense, MatrixFree, Rows, marginal, minimise
 from pinn.memory import Chunks, OutOfMemoryWarning, on_cpu_when_full
-from pinn.secondorder import Dense, MatrixFree, Rows, marginal, minimise
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(60, 5, generator=GENERATOR, dtype=torch.float64)

@@ -15,7 +15,7 @@ import numpy as np
 
 from biomodel.calibration.samples import Samples
 from biomodel.solvers.base import Solver
-from pinn.joint_posterior import ROUGH, JointPosterior, classical_of, log_posterior
+from pinn.joint.posterior import ROUGH, JointPosterior, classical_of, log_posterior
 
 #: Acceptance aimed at, and where the chains start: at the optimum with this share of the Gaussian's sd.
 WANTED, NARROW = 0.3, 0.4

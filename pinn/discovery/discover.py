@@ -21,9 +21,9 @@ import numpy as np
 from biomodel.domain import Domain
 from biomodel.errors import CalibrationError
 from biomodel.models import ReactionDiffusion
-from pinn.discover_training import Discovery, Learning
-from pinn.found import Discovered, Formula
-from pinn.laws import NetworkGrowth, TableGrowth
+from pinn.discovery.found import Discovered, Formula
+from pinn.discovery.laws import NetworkGrowth, TableGrowth
+from pinn.discovery.training import Discovery, Learning
 
 __all__ = ["Discovered", "Discovery", "Formula", "NetworkGrowth", "TableGrowth", "discover"]
 
@@ -36,7 +36,8 @@ def discover(model: ReactionDiffusion, domain: Domain, days: Sequence[float], im
     Parameters
     ----------
     model : ReactionDiffusion
-        Its growth is what is learned, usually a :class:`pinn.laws.NetworkGrowth`; one diffusivity, no treatment.
+        Its growth is what is learned, usually a :class:`pinn.discovery.laws.NetworkGrowth`; one diffusivity, no
+        treatment.
     domain : Domain
         A box that the organ fills.
     days : sequence of float

@@ -11,9 +11,9 @@ from biomodel.observation import observe
 from biomodel.parameters import LogitNormal
 from biomodel.patient import Patient
 from biomodel.solvers.base import Solver
-from pinn.joint import SMALL, JointProblem
-from pinn.observed import Cells, Observation, Outline
-from pinn.starts import Start
+from pinn.joint.observed import Cells, Observation, Outline
+from pinn.joint.problem import SMALL, JointProblem
+from pinn.joint.starts import Start
 
 #: Room around all regions in which cells may be, mm.
 MARGIN = 15.0

@@ -22,9 +22,9 @@ import torch
 from biomodel.errors import SolverError
 from biomodel.solvers.base import Context
 from biomodel.solvers.reaction import FLOWS, TorchOps
-from pinn.focus import FocusMaps
-from pinn.scans import Doses, Scans
-from pinn.setting import Setting
+from pinn.amortised.focus import FocusMaps
+from pinn.amortised.scans import Doses, Scans
+from pinn.amortised.setting import Setting
 
 #: Parts of the last day at which the branch is told how much treatment there has been, and quadrature nodes of R_t.
 TOLD = (0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0)

@@ -18,9 +18,9 @@ from biomodel.calibration.samples import Samples
 from biomodel.errors import CalibrationError
 from biomodel.parameters import Normal, Parameter, Prior
 from biomodel.solvers.torch import TorchSolver
-from pinn.operator import Amortised
-from pinn.setting import Case, Setting
-from pinn.starts import BoundFoci
+from pinn.amortised.operator import Amortised
+from pinn.amortised.setting import Case, Setting
+from pinn.joint.starts import BoundFoci
 from pinn.states import Posterior, StateLinear, infer
 
 #: Degrees of freedom of the proposal around an optimum, and draws simulated at once.

@@ -1,7 +1,7 @@
 """The process of a production lane: makes the chunks it is asked for until its pipe closes.
 
-`pinn.streaming` runs this file with a file descriptor as its argument, not `multiprocessing`, so that scripts need no
-main guard and notebooks work. It imports nothing but what its makers need.
+`pinn.amortised.streaming` runs this file with a file descriptor as its argument, not `multiprocessing`, so that scripts
+need no main guard and notebooks work. It imports nothing but what its makers need.
 """
 
 from __future__ import annotations

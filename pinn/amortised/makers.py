@@ -21,7 +21,7 @@ from biomodel.fenics.solver import FenicsSolver
 from biomodel.solvers.plan import breakpoints, make_plan
 from biomodel.solvers.reaction import Course
 from biomodel.solvers.torch import TorchSolver
-from pinn.setting import Case, Setting
+from pinn.amortised.setting import Case, Setting
 
 #: Days of one step of the classical solvers: with growth rates around 0.06 1/day its error is of the order of 1e-3 of
 #: the state, far below the noise of a scan (a test measures it).

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from biomodel.errors import CalibrationError
-from pinn.makers import Arrays
+from pinn.amortised.makers import Arrays
+from pinn.amortised.operator import CheckpointError, Operator
+from pinn.amortised.scans import Scans
+from pinn.amortised.streaming import Chunk, Stream
 from pinn.memory import OutOfMemoryWarning
-from pinn.operator import CheckpointError, Operator
-from pinn.scans import Scans
-from pinn.streaming import Chunk, Stream
 
 #: Rows of a step that are computed at once, at least, when memory is short.
 LEAST = 8
@@ -132,7 +132,7 @@ class Trainer:
         # Always in double precision on the CPU, where fits of a focus are safe; it is done once for each copy.
         summary = self.operator.summary
         if summary.places.device.type != "cpu" or summary.places.dtype != torch.float64:
-            from pinn.scans import Summary
+            from pinn.amortised.scans import Summary
 
             self._own = getattr(self, "_own", None) or Summary(self.operator.setting)
             summary = self._own

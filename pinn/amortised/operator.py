@@ -1,9 +1,9 @@
 """Amortised inference: an operator that maps two early scans and a schedule to posterior and forecast in one pass.
 
-Trained once on simulated patients of a :class:`pinn.setting.Setting`, it answers for a new patient in milliseconds:
-a mixture density over parameters and start (:mod:`pinn.density`), and maps of any day by a physics-informed DeepONet
-(:mod:`pinn.surrogate`) pushed through draws of that density. :mod:`pinn.polish` then takes a few Gauss-Newton steps on
-the patient's own data with a classical solver.
+Trained once on simulated patients of a :class:`pinn.amortised.setting.Setting`, it answers for a new patient in
+milliseconds: a mixture density over parameters and start (:mod:`pinn.amortised.density`), and maps of any day by a
+physics-informed DeepONet (:mod:`pinn.amortised.surrogate`) pushed through draws of that density.
+:mod:`pinn.amortised.polish` then takes a few Gauss-Newton steps on the patient's own data with a classical solver.
 
 Networks compute in float64 on a CPU: they are small, and half the time would be saved by float32 at best. On a GPU
 float32 is the default; its rounding of 1e-7 is far below the noise of scans of some per cent.
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from biomodel.errors import InputError
-from pinn.density import Mixture, MixtureHead
-from pinn.scans import Scans, Summary
-from pinn.setting import Setting
-from pinn.surrogate import Surrogate
+from pinn.amortised.density import Mixture, MixtureHead
+from pinn.amortised.scans import Scans, Summary
+from pinn.amortised.setting import Setting
+from pinn.amortised.surrogate import Surrogate
 
 #: What a checkpoint says it is, and the version of its layout.
 KIND, VERSION = "tumorcast operator", 1
@@ -113,9 +113,9 @@ class Operator(torch.nn.Module):
         Trainable, images (n, 2, z, y, x) to (n, features), with an attribute `features`: its output stands beside the
         fixed summary. `pinn.ScanEncoder` is a small one, `pinn.ImagingEncoder` makes one of an encoder of images.
     components, hidden
-        Of the density; see :class:`pinn.density.MixtureHead`.
+        Of the density; see :class:`pinn.amortised.density.MixtureHead`.
     width, products
-        Of the DeepONet; see :class:`pinn.surrogate.Surrogate`.
+        Of the DeepONet; see :class:`pinn.amortised.surrogate.Surrogate`.
     seed : int
     """
 

@@ -24,7 +24,7 @@ from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
 from biomodel.truth import average, refine
 from pinn.calibration import Gap, GapWarning
-from pinn.joint_posterior import BLOCK, JointPosterior, simulated
+from pinn.joint.posterior import BLOCK, JointPosterior, simulated
 from pinn.solver import PinnSimulation
 
 #: Points along a voxel's side at which a volume within a level is counted.

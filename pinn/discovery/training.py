@@ -1,4 +1,4 @@
-"""Training of the networks of :mod:`pinn.discover`: misfits of images and equation, and how they are made small."""
+"""Training of a law's and a state's network: misfits of images and equation, and how they are made small."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Parameter
 from biomodel.solvers.base import Context
 from biomodel.solvers.reaction import TorchOps
-from pinn.found import Discovered
-from pinn.guide import Guide
+from pinn.discovery.found import Discovered
+from pinn.discovery.guide import Guide
 from pinn.network import Network
 
 __all__ = ["Discovery", "Learning"]

@@ -14,7 +14,7 @@ from biomodel.errors import ModelError
 from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Fixed, JointPrior, LogNormal
 from biomodel.terms import Gompertz, Growth, Logistic
-from pinn.laws import Allee, Power, Richards, TableGrowth, at, spread_over
+from pinn.discovery.laws import Allee, Power, Richards, TableGrowth, at, spread_over
 
 __all__ = ["LIBRARY", "Discovered", "Formula"]
 

@@ -22,9 +22,9 @@ from biomodel.calibration.samples import Samples, weighted_quantile
 from biomodel.errors import CalibrationError, SolverError
 from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
-from pinn.joint import DataWarning, JointProblem
+from pinn.joint.problem import DataWarning, JointProblem
+from pinn.joint.starts import Start
 from pinn.solver import PinnSimulation
-from pinn.starts import Start
 
 #: How exact the classical solver is that searches and weighs: errors in time far below those of the data.
 ROUGH = TorchSolver(rtol=3e-3)

@@ -14,7 +14,7 @@ import torch
 
 from biomodel.domain import Domain
 from biomodel.solvers.reaction import TorchOps
-from pinn.starts import BoundFoci, Foci
+from pinn.joint.starts import BoundFoci, Foci
 
 #: Voxels over which an image is blurred before its highest point is taken for the focus's place.
 BLUR = 2.0
@@ -25,7 +25,7 @@ STEPS, LONGEST = 10, 1.0
 class FocusMaps(torch.nn.Module):
     """A focus on the voxels of a domain.
 
-    Coordinates z (n, d + 2) are those of :class:`pinn.starts.Foci`: positions in mm, peak and width transformed.
+    Coordinates z (n, d + 2) are those of :class:`pinn.joint.starts.Foci`: positions in mm, peak and width transformed.
 
     Parameters
     ----------

@@ -27,10 +27,10 @@ from biomodel.schedule import Schedule
 from biomodel.solvers.base import Solver
 from biomodel.solvers.torch import TorchSolver
 from biomodel.terms import Diffusion, Isotropic, Logistic
-from pinn.joint import JointProblem
-from pinn.joint_posterior import JointPosterior
-from pinn.observed import Observation, Outline, Uptake
-from pinn.starts import Foci, Start
+from pinn.joint.observed import Observation, Outline, Uptake
+from pinn.joint.posterior import JointPosterior
+from pinn.joint.problem import JointProblem
+from pinn.joint.starts import Foci, Start
 
 #: The time from seed to visit, in the unit of the model's days: 100 d at any unit.
 DURATION = 100.0

@@ -17,7 +17,7 @@ from biomodel.domain import Domain
 from biomodel.errors import ModelError
 from biomodel.models import ReactionDiffusion
 from biomodel.schedule import Schedule
-from pinn.starts import BoundFoci, Foci
+from pinn.joint.starts import BoundFoci, Foci
 
 #: Separates the random numbers of patients from those of anything else with the same seed.
 STREAM = 61

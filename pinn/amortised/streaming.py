@@ -1,9 +1,9 @@
 """Training samples from concurrent processes, made while the operator trains.
 
-Lanes are processes that each hold one or several makers (:mod:`pinn.makers`). A thread hands out chunks of consecutive
-samples and takes in what comes back; never more than `window` chunks are under way or waiting, so that production stops
-when training is slower. Who makes a chunk follows from its number alone, and chunks are given out in order: the same
-seed gives the same samples in the same order, whatever the processes' speed.
+Lanes are processes that each hold one or several makers (:mod:`pinn.amortised.makers`). A thread hands out chunks of
+consecutive samples and takes in what comes back; never more than `window` chunks are under way or waiting, so that
+production stops when training is slower. Who makes a chunk follows from its number alone, and chunks are given out in
+order: the same seed gives the same samples in the same order, whatever the processes' speed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from biomodel.errors import SolverError
-from pinn.makers import Arrays, Maker
+from pinn.amortised.makers import Arrays, Maker
 
 WORKER = Path(__file__).with_name("stream_worker.py")
 #: Chunks that a process is given ahead, so that it need not wait for the next.

@@ -1,9 +1,9 @@
 """Start, parameters and noise from few visits at once, by one Gauss-Newton for a network and for a classical solver.
 
-Nothing is known of the start but a prior (:mod:`pinn.starts`), nothing of the noise but one (:mod:`pinn.observed`). The
-state's derivatives by parameters and along changes of the start come from the simulation: by the implicit function
-theorem on a network's residual, or by a classical solver's forward sensitivities. A network's weights are eliminated,
-so the covariance is that of start, parameters and noise.
+Nothing is known of the start but a prior (:mod:`pinn.joint.starts`), nothing of the noise but one
+(:mod:`pinn.joint.observed`). The state's derivatives by parameters and along changes of the start come from the
+simulation: by the implicit function theorem on a network's residual, or by a classical solver's forward sensitivities.
+A network's weights are eliminated, so the covariance is that of start, parameters and noise.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from biomodel.models import ReactionDiffusion
 from biomodel.parameters import Parameter
 from biomodel.schedule import Schedule
 from biomodel.solvers.base import Solver
-from pinn.observed import Local, Modality, Observation
+from pinn.joint.observed import Local, Modality, Observation
+from pinn.joint.starts import Start
 from pinn.solver import PinnSimulation, PinnSolver
-from pinn.starts import Start
 
 #: A classical solver's steps are chosen anew when a parameter's coordinate has moved by more than this.
 MOVED = 0.3

@@ -19,9 +19,9 @@ from biomodel.imaging.encoder_study import CHANNELS, KINDS, Batch
 from biomodel.models import ReactionDiffusion
 from biomodel.solvers.reaction import Course
 from biomodel.treatments import Kill
-from pinn.focus import FocusMaps
-from pinn.makers import Arrays, dose_tables
-from pinn.setting import Case, Setting
+from pinn.amortised.focus import FocusMaps
+from pinn.amortised.makers import Arrays, dose_tables
+from pinn.amortised.setting import Case, Setting
 
 #: Middles and width of the rings, in widths of the fitted focus.
 RINGS, RING = (0.3, 0.8, 1.3, 1.8, 2.3, 2.8, 3.4), 0.3

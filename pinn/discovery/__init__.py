@@ -1,0 +1,1 @@
+"""Growth laws learned from images, and the terms they become."""

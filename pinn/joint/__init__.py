@@ -1,0 +1,1 @@
+"""An unknown start, parameters and noise at once, from few visits."""
