@@ -35,8 +35,10 @@ class Organ(dde.geometry.Geometry):
         return found.numpy()
 
     def inside(self, x: np.ndarray) -> np.ndarray:
-        """bool (n,) for places (n, d)."""
-        return self._at(x)[0] >= 0
+        """bool (n,) for places (n, d): where the smooth distance says so, and in all voxels of the mask."""
+        shape = np.array(self.geometry.mask.shape)
+        voxel = np.clip((np.asarray(x, float) * shape).astype(int), 0, shape - 1)
+        return (self._at(x)[0] >= 0) | self.geometry.mask[tuple(voxel.T)]
 
     def on_boundary(self, x: np.ndarray) -> np.ndarray:
         """bool (n,): within a twentieth of a voxel of the surface."""

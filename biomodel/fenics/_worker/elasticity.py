@@ -20,6 +20,9 @@ from .levels import ITERATIONS, Level, conjugate_gradients, measure, prolongatio
 from .mesh import Space, compiling
 from .stepping import Failed
 
+#: Relative residual that float64 leaves at best, give or take.
+ROUNDING = 1e-12
+
 #: Earlier displacements from which the next is looked for.
 RECENT = 3
 #: Iterations beyond those right after a preconditioner was made, at which it is made anew.
@@ -212,8 +215,9 @@ class Elasticity:
         self.fresh = self.fresh or max(self.last, 1)
         self.solves += 1
         self.iterations += self.last
-        if solver.getConvergedReason() < 0:
-            left, (least, most) = solver.getResidualNorm() / b.norm(), self.range
+        left, (least, most) = solver.getResidualNorm() / max(b.norm(), 1e-300), self.range
+        # At rounding the sign of the preconditioned residual is chance, and PETSc calls the preconditioner indefinite.
+        if solver.getConvergedReason() < 0 and not left < ROUNDING:
             raise Failed(
                 "mechanics",
                 f"conjugate gradients for the elastic equilibrium left a relative residual of {left:.2g} after "
