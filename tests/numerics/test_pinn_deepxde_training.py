@@ -44,8 +44,12 @@ def test_second_order_finds_what_the_classical_solver_finds(treated):
     """Parameters and their covariance, the network's weights marginalised; treatment by u = S w."""
     treatments = [bm.Radiotherapy(bm.Fixed(0.05))] if treated else []
     schedule = bm.Schedule(fractions=[Fraction(15, 2.0)] if treated else [])
-    posed = small(bm.ReactionDiffusion(MODEL.growth, MODEL.diffusion, treatments), schedule)
-    found = pinn_dde.SecondOrder(weights=(10.0, 100.0), tolerance=1.0).train(posed)
+    # Six units and 150 points are too few across a fraction: there the parameters move with the equation's weight.
+    size = {"hidden": (10, 10), "points": 600} if treated else {}
+    training = {"weights": (10.0, 100.0, 1000.0), "tolerance": 0.1} if treated else {
+        "weights": (10.0, 100.0), "tolerance": 1.0}  # fmt: skip
+    posed = small(bm.ReactionDiffusion(MODEL.growth, MODEL.diffusion, treatments), schedule, **size)
+    found = pinn_dde.SecondOrder(**training).train(posed)
     best = classical(posed)
     assert posed.equation.names == tuple(best.values)
     off = (found.z - best.z) / best.sd
