@@ -177,6 +177,7 @@ def refined(patient, factor: int):
     return replace(patient, domain=bm.Domain.box(mask.shape, spacing, mask), visits=visits)
 
 
+@pytest.mark.slow
 def test_smaller_voxels_do_not_know_more(slice_of):
     known = slice_of.patient.until(3)
     known = replace(known, domain=bm.Domain.box(known.domain.shape, known.domain.spacing, known.domain.mask))
