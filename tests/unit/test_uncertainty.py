@@ -136,8 +136,9 @@ def test_evidence_says_how_often_and_from_whom(fit, forecast, virtual):
     adjusted = next(t for t in tables(page) if t.columns[0] == "day")
     assert {r[0] for r in adjusted.rows} == {"41"}
     low, high = found.adjustment().interval(forecast["volume"].values[:, 1], 0.9)
-    # Three times the patient's own interval and more, had the lower end not been cut off at no tumour at all.
-    assert low == 0 and high - low > 2 * np.ptp(np.quantile(forecast["volume"].values[:, 1], [0.05, 0.95]))
+    # The middle half: the wider interval is cut off at no tumour at all, by how much depends on the processor.
+    inner = np.ptp(found.adjustment().interval(forecast["volume"].values[:, 1], 0.5))
+    assert low == 0 and inner > 3 * np.ptp(np.quantile(forecast["volume"].values[:, 1], [0.25, 0.75]))
     assert any(f"{high:.3g}"[:3] in r[3] for r in adjusted.rows)
 
 
